@@ -1,0 +1,111 @@
+"""What a data type must offer, and the functions the rest of the system calls instead of a particular codec."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from auto_round.core.errors import NotYetError, SchemeError, nearest
+from auto_round.core.quantized import NEUTRAL, Knob, Knobs, Quantized
+from auto_round.core.registry import discover
+from auto_round.core.scheme import FLOAT, Scheme, TensorSpec
+
+
+class Codec(ABC):
+    """One data type: weight and knobs to `Quantized`, and back."""
+
+    name: ClassVar[str]
+    presets: ClassVar[Mapping[str, Scheme]]
+
+    @abstractmethod
+    def quantize(self, w: Tensor, spec: TensorSpec, knobs: Knobs = NEUTRAL) -> Quantized:
+        """Codes and parameters of `w` (O, I), in storage dtype."""
+
+    @abstractmethod
+    def dequantize(self, q: Quantized) -> Tensor:
+        """The weight (O, I) that `q` stands for, float32."""
+
+    @abstractmethod
+    def reject(self, spec: TensorSpec) -> str | None:
+        """Why this data type cannot do `spec`, or None."""
+
+    def knobs(self, spec: TensorSpec, shape: tuple[int, int]) -> dict[str, Knob]:
+        """What may be tuned for a weight of `shape` (O, I)."""
+        return {}
+
+    def search(self, w: Tensor, spec: TensorSpec, importance: Tensor | None = None) -> Knobs:
+        """Knobs that lower sum(importance * (fake - w)^2); `importance` is (I,) or None. Default: none known."""
+        return NEUTRAL
+
+    def tuner(self, w: Tensor, spec: TensorSpec, fixed: Knobs) -> Callable[[Knobs], Tensor]:
+        """A function from knobs to the fake weight, differentiable in them.
+
+        `fixed` knobs are not tuned; a codec overrides this to compute once what does not depend on the tuned ones.
+        """
+        return lambda knobs: self.dequantize(self.quantize(w, spec, {**fixed, **knobs})).to(w.dtype)
+
+    def cost(self, spec: TensorSpec, shape: tuple[int, int]) -> float:
+        """Bits per weight with everything that is stored for a matrix of `shape` (O, I)."""
+        meta = torch.empty(shape, device="meta")
+        stored = self.quantize(meta, spec)
+        overhead = sum(t.numel() * t.element_size() * 8 for t in stored.params.values())
+        return spec.bits + overhead / meta.numel()
+
+
+def codecs() -> dict[str, Codec]:
+    """All data types by name."""
+    return discover("auto_round.codecs")
+
+
+def codec_of(spec: TensorSpec) -> Codec:
+    """The codec of `spec`. Raises SchemeError when there is none or it cannot do the settings."""
+    known = codecs()
+    if spec.dtype not in known:
+        raise SchemeError(
+            f"data type {spec.dtype!r} is unknown.{nearest(spec.dtype, known)} Known: {', '.join(known)}"
+        )
+    reason = known[spec.dtype].reject(spec)
+    if reason:
+        raise SchemeError(reason)
+    return known[spec.dtype]
+
+
+def fake(w: Tensor, spec: TensorSpec, knobs: Knobs = NEUTRAL) -> Tensor:
+    """What is left of `w` (O, I) after quantizing and dequantizing it, in the dtype of `w`."""
+    codec = codec_of(spec)
+    return codec.dequantize(codec.quantize(w, spec, knobs)).to(w.dtype)
+
+
+PLANNED: tuple[str, ...] = (
+    "MXFP4",
+    "MXFP6",
+    "MXFP8",
+    "MXFP4_RCEIL",
+    "MXFP8_RCEIL",
+    "MXINT4",
+    "NVFP4",
+    "NVFP4_E5M3",
+    "FPW8A16",
+)
+PLANNED += ("FP8_STATIC", "FP8_BLOCK", "INT8", "INT8_W8A8", "INT4", "W4A16_MIXED")
+
+
+def presets() -> dict[str, Scheme]:
+    """All named schemes that work, BF16 (leave in floating point) included."""
+    found = {name: scheme for codec in codecs().values() for name, scheme in codec.presets.items()}
+    return {**found, "BF16": FLOAT}
+
+
+def preset(name: str) -> Scheme:
+    """The scheme called `name`, in any case. Raises SchemeError with the nearest known name."""
+    known = presets()
+    key = name.strip().upper()
+    if key in known:
+        return known[key]
+    if key in PLANNED or key.startswith("GGUF:"):
+        raise NotYetError(f"scheme {name!r} is not there yet. Available: {', '.join(known)}")
+    raise SchemeError(f"scheme {name!r} is unknown.{nearest(name, known)} Available: {', '.join(known)}")

@@ -1,0 +1,302 @@
+"""Integers of 2 to 8 bits with a scale per group, symmetric or with a zero point.
+
+w' = scale * (code - zero), code = clamp(round(w / scale + round_knob) + zero, 0, 2^bits - 1).
+Symmetric means full range: the value of largest magnitude in a group becomes the code 0 exactly, so the scale is
+negative where that value is positive (behaviour of AutoRound, arXiv:2309.05516 and its full-range variant).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from auto_round.codecs.base import Codec
+from auto_round.core.groups import group_size, groups_per_row, merge, split
+from auto_round.core.layouts import middle
+from auto_round.core.quantized import NEUTRAL, Knob, Knobs, Quantized
+from auto_round.core.rounding import STORAGE, cast_to_storage
+from auto_round.core.scheme import Scheme, TensorSpec
+
+MIN_BITS, MAX_BITS = 2, 8
+SMALLEST_SCALE = {
+    "float16": 2.0**-24,
+    "bfloat16": 2.0**-100,
+    "float32": 2.0**-100,
+}  # float16: smallest subnormal
+SEARCH_STEPS = 33
+REFINE_STEPS = 9
+REFITS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Where the codes of each group lie: scale and zero point, float32 (G, 1), rounded to storage already."""
+
+    scale: Tensor
+    zero: Tensor | float
+
+
+def _top(spec: TensorSpec) -> int:
+    return (1 << spec.bits) - 1
+
+
+def _floor(scale: Tensor, spec: TensorSpec) -> Tensor:
+    """`scale` with its magnitude raised to the smallest that storage can hold; the sign is kept."""
+    least = SMALLEST_SCALE[spec.scale_dtype]
+    return torch.where(scale < 0, scale.clamp(max=-least), scale.clamp(min=least))
+
+
+def _stored(scale: Tensor, spec: TensorSpec) -> Tensor:
+    # Cast before dividing: the file stores the rounded scale, and codes of the unrounded one would not match it.
+    return _floor(cast_to_storage(scale, STORAGE[spec.scale_dtype]), spec)
+
+
+class Integer(Codec):
+    """Integer codes with float scales."""
+
+    name = "int"
+    presets: ClassVar[Mapping[str, Scheme]] = {
+        **{f"W{bits}A16": Scheme(weight=TensorSpec(bits=bits)) for bits in range(MIN_BITS, MAX_BITS + 1)},
+        **{
+            f"W{bits}A16G{group}": Scheme(weight=TensorSpec(bits=bits, group=group))
+            for bits in range(MIN_BITS, MAX_BITS + 1)
+            for group in (64, 32)
+        },
+    }
+
+    def reject(self, spec: TensorSpec) -> str | None:
+        """Bits outside 2..8 are not representable."""
+        if not MIN_BITS <= spec.bits <= MAX_BITS:
+            return (
+                f"int has {MIN_BITS} to {MAX_BITS} bits, got {spec.bits}; 16 keeps a layer in floating point"
+            )
+        return None
+
+    def quantize(self, w: Tensor, spec: TensorSpec, knobs: Knobs = NEUTRAL) -> Quantized:
+        """uint8 codes (G, K); params scale (G, 1) and, when asymmetric, zero (G, 1) uint8."""
+        groups = split(w.float(), spec.group)
+        grid = self._grid(groups, spec, knobs)
+        codes = _codes(groups, grid, spec, knobs.get("round"))
+        params = {"scale": grid.scale.to(STORAGE[spec.scale_dtype])}
+        if isinstance(grid.zero, Tensor):
+            params["zero"] = grid.zero.to(torch.uint8)
+        return Quantized(
+            spec=spec, shape=(w.shape[0], w.shape[1]), codes=codes.to(torch.uint8), params=params
+        )
+
+    def dequantize(self, q: Quantized) -> Tensor:
+        """scale * (code - zero) in float32, (O, I)."""
+        zero = q.params["zero"].float() if "zero" in q.params else float(middle(q.spec))
+        return merge((q.codes.float() - zero) * q.params["scale"].float(), q.shape, q.spec.group)
+
+    def knobs(self, spec: TensorSpec, shape: tuple[int, int]) -> dict[str, Knob]:
+        """Rounding offsets and the two range factors (Eq. 3 of arXiv:2309.05516)."""
+        size = group_size(shape, spec.group)
+        count = 1 if spec.group == 0 else shape[0] * groups_per_row(shape, spec.group)
+        factor = Knob(shape=(count, 1), neutral=1.0, low=0.0, high=1.0, per_value=False)
+        offset = Knob(shape=(count, size), neutral=0.0, low=-0.5, high=0.5, per_value=True)
+        return {"round": offset, "low": factor, "high": factor}
+
+    def tuner(self, w: Tensor, spec: TensorSpec, fixed: Knobs) -> Callable[[Knobs], Tensor]:
+        """Fused quantize-dequantize with a hand-written backward; float32 (O, I)."""
+        groups = split(w.float(), spec.group)
+        shape = (w.shape[0], w.shape[1])
+        low, high = _range(groups, spec, fixed)
+
+        def fake_weight(knobs: Knobs) -> Tensor:
+            every = {**fixed, **knobs}
+            factors = (every.get("low"), every.get("high"))
+            out: Tensor = _Fake.apply(groups, low, high, every.get("round"), *factors, spec)  # type: ignore[no-untyped-call]
+            return merge(out, shape, spec.group)
+
+        return fake_weight
+
+    def _grid(self, groups: Tensor, spec: TensorSpec, knobs: Knobs) -> Grid:
+        low, high = _range(groups, spec, knobs)
+        return _grid(low * knobs.get("low", 1.0), high * knobs.get("high", 1.0), spec)
+
+    def search(self, w: Tensor, spec: TensorSpec, importance: Tensor | None = None) -> Knobs:
+        """The grid of least importance-weighted squared error: {"scale"} or {"scale", "zero"}, (G, 1) each.
+
+        A coarse sweep of range factors, a finer one around each group's best, then alternating least squares of the
+        scale for fixed codes. The error is measured with the scale in storage dtype.
+        """
+        groups = split(w.float(), spec.group)
+        weight = _group_weights(importance, (w.shape[0], w.shape[1]), spec.group)
+        best = _Best(groups, weight, spec)
+        (_sweep_symmetric if spec.sym else _sweep_asymmetric)(best, *_range(groups, spec, NEUTRAL))
+        best.refit()
+        found: dict[str, Tensor] = {"scale": best.scale}
+        if not spec.sym:
+            found["zero"] = best.zero
+        return found
+
+
+ENTRIES = (Integer(),)
+
+
+def _range(groups: Tensor, spec: TensorSpec, knobs: Knobs) -> tuple[Tensor, Tensor]:
+    """(low, high) ends of each group's range: those of the values, or those of a grid given by the knobs."""
+    if "scale" not in knobs:
+        return groups.amin(1, keepdim=True).clamp(max=0), groups.amax(1, keepdim=True).clamp(min=0)
+    scale = knobs["scale"].float()
+    if spec.sym:
+        extreme = -middle(spec) * scale
+        return extreme.clamp(max=0), extreme.clamp(min=0)
+    return -knobs["zero"].float() * scale, (_top(spec) - knobs["zero"].float()) * scale
+
+
+def _grid(low: Tensor, high: Tensor, spec: TensorSpec) -> Grid:
+    """The grid that spans [low, high]. Differentiable by straight-through rounding."""
+    if spec.sym:
+        extreme = torch.where(-low > high, low, high)
+        return Grid(_stored(-extreme / middle(spec), spec), float(middle(spec)))
+    scale = _stored((high - low) / _top(spec), spec)
+    ratio = -low / scale
+    zero = ratio + (ratio.round() - ratio).detach()
+    return Grid(scale, zero.clamp(0, _top(spec)))
+
+
+def _codes(groups: Tensor, grid: Grid, spec: TensorSpec, offset: Tensor | None) -> Tensor:
+    ratio = groups / grid.scale
+    if offset is not None:
+        ratio = ratio + offset
+    return (ratio.round() + grid.zero).clamp(0, _top(spec))
+
+
+class _Fake(torch.autograd.Function):
+    """Quantize-dequantize of grouped weights; the backward is that of the straight-through definition.
+
+    Saved for the backward: which codes were not clamped, one float per weight, and per-group values.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        groups: Tensor,
+        low: Tensor,
+        high: Tensor,
+        offset: Tensor | None,
+        low_factor: Tensor | None,
+        high_factor: Tensor | None,
+        spec: TensorSpec,
+    ) -> Tensor:
+        lo = low if low_factor is None else low * low_factor
+        hi = high if high_factor is None else high * high_factor
+        grid = _grid(lo, hi, spec)
+        ratio = groups / grid.scale
+        wanted = (ratio if offset is None else ratio + offset).round().add_(grid.zero)
+        codes = wanted.clamp(0, _top(spec))
+        inside = wanted == codes
+        level = codes.sub_(grid.zero)
+        # d out / d scale, where the zero point is held: level - inside * w / scale
+        slope = level - ratio.mul_(inside)
+        ctx.save_for_backward(inside, slope, grid.scale, low, high, lo, hi)
+        ctx.spec, ctx.has = spec, (offset is not None, low_factor is not None, high_factor is not None)
+        return level.mul_(grid.scale)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        inside, slope, scale, low, high, lo, hi = ctx.saved_tensors
+        (grad,) = upstream
+        passed = grad * inside
+        d_offset = passed * scale if ctx.has[0] else None
+        if not (ctx.has[1] or ctx.has[2]):
+            return None, None, None, d_offset, None, None, None
+        d_scale = (grad * slope).sum(1, keepdim=True)
+        floored = scale.abs() <= SMALLEST_SCALE[ctx.spec.scale_dtype]
+        if ctx.spec.sym:
+            at_low = -lo > hi
+            d_extreme = -d_scale.masked_fill(floored, 0) / middle(ctx.spec)
+            d_low, d_high = d_extreme * at_low, d_extreme * ~at_low
+        else:
+            # zero = round(-low / scale): moving it shifts every clamped value by one scale.
+            d_zero = -(grad - passed).sum(1, keepdim=True) * scale
+            d_scale = (d_scale + d_zero * lo / scale.square()).masked_fill(floored, 0)
+            d_low = -d_scale / _top(ctx.spec) - d_zero / scale
+            d_high = d_scale / _top(ctx.spec)
+        return None, None, None, d_offset, d_low * low, d_high * high, None
+
+
+def _group_weights(importance: Tensor | None, shape: tuple[int, int], group: int) -> Tensor | None:
+    """Importance per input channel as one weight per grouped value, or None.
+
+    Channels without any signal get the mean, so that a group is never free to become anything; a group of which more
+    than half is without signal is weighted evenly.
+    """
+    if importance is None:
+        return None
+    floor = importance[importance > 0].mean() if bool((importance > 0).any()) else torch.ones(())
+    weights = torch.where(importance > 0, importance, floor.to(importance.dtype)).float()
+    grouped = split(weights.expand(shape), group)
+    dead = split((importance <= 0).float().expand(shape), group).mean(1, keepdim=True) > 0.5
+    return torch.where(dead, torch.ones_like(grouped), grouped)
+
+
+class _Best:
+    """The best grid of each group so far."""
+
+    def __init__(self, groups: Tensor, weight: Tensor | None, spec: TensorSpec) -> None:
+        self.groups, self.weight, self.spec = groups, weight, spec
+        self.error = torch.full((groups.shape[0], 1), torch.inf, device=groups.device)
+        self.scale = torch.zeros_like(self.error)
+        self.zero = torch.zeros_like(self.error)
+        self.factors = [torch.ones_like(self.error), torch.ones_like(self.error)]
+
+    def offer(self, grid: Grid, *factors: Tensor | float) -> None:
+        """Keep `grid` in the groups where it has less error than the best; `factors` are remembered along with it."""
+        level = _codes(self.groups, grid, self.spec, None).sub_(grid.zero)
+        difference = level.mul_(grid.scale).sub_(self.groups).square_()
+        if self.weight is not None:
+            difference.mul_(self.weight)
+        error = difference.sum(1, keepdim=True)
+        better = error < self.error
+        self.error = torch.where(better, error, self.error)
+        self.scale = torch.where(better, grid.scale, self.scale)
+        self.zero = torch.where(better, torch.as_tensor(grid.zero, dtype=error.dtype), self.zero)
+        for i, factor in enumerate(factors):
+            self.factors[i] = torch.where(better, torch.as_tensor(factor, dtype=error.dtype), self.factors[i])
+
+    def refit(self) -> None:
+        """Least-squares scale for the current codes, rounded to storage, kept where it helps; a few times over."""
+        weight = torch.ones_like(self.groups) if self.weight is None else self.weight
+        for _ in range(REFITS):
+            zero = float(middle(self.spec)) if self.spec.sym else self.zero
+            level = _codes(self.groups, Grid(self.scale, zero), self.spec, None).sub_(zero)
+            power = (weight * level.square()).sum(1, keepdim=True)
+            scale = (weight * level * self.groups).sum(1, keepdim=True) / power.clamp(min=1e-30)
+            usable = (power > 0) & (scale != 0)
+            self.offer(Grid(_stored(torch.where(usable, scale, self.scale), self.spec), zero))
+
+
+def _sweep_symmetric(best: _Best, low: Tensor, high: Tensor) -> None:
+    """Shrunken and widened ranges from either end: a scale of the other sign holds the other side better."""
+    magnitude = torch.maximum(-low, high)
+    positive = high >= -low  # a tie goes to the high end, as in `_grid`
+    own = torch.where(positive, magnitude, -magnitude)
+    best.offer(_grid(low, high, best.spec), 1.0)
+    for sign in (1.0, -1.0):
+        for factor in torch.linspace(0.3, 1.3, SEARCH_STEPS).tolist():
+            extreme = own * (sign * factor)
+            best.offer(_grid(extreme.clamp(max=0), extreme.clamp(min=0), best.spec), sign * factor)
+    center, step = best.factors[0], 1.0 / (SEARCH_STEPS - 1)
+    for shift in torch.linspace(-step, step, REFINE_STEPS).tolist():
+        extreme = own * (center + shift)
+        best.offer(_grid(extreme.clamp(max=0), extreme.clamp(min=0), best.spec), center + shift)
+
+
+def _sweep_asymmetric(best: _Best, low: Tensor, high: Tensor) -> None:
+    """Both ends shrunk independently: a coarse table, then finer steps of each end in turn."""
+    coarse = torch.linspace(0.4, 1.1, 8).tolist()
+    best.offer(_grid(low, high, best.spec), 1.0, 1.0)
+    for a in coarse:
+        for b in coarse:
+            best.offer(_grid(low * a, high * b, best.spec), a, b)
+    for step in (0.05, 0.025, 0.0125):
+        for moves in ((-step, 0.0), (step, 0.0), (0.0, -step), (0.0, step)):
+            a, b = best.factors[0] + moves[0], best.factors[1] + moves[1]
+            best.offer(_grid(low * a, high * b, best.spec), a, b)

@@ -1,0 +1,1 @@
+"""Types and tensor functions. Knows no model, no file and no algorithm."""

@@ -1,0 +1,135 @@
+"""How integer codes lie in GPTQ and AWQ checkpoints: written and read here, used by every format that has them.
+
+Both store the transposed matrix: I input features down, O output features across.
+GPTQ: qweight int32 [I * bits / 32, O] packed along I; qzeros int32 [G, O * bits / 32]; scales [G, O].
+AWQ: qweight int32 [I, O / 8] packed along O with the nibbles of a word in the order 0 2 4 6 1 3 5 7; qzeros alike.
+"""
+
+import torch
+from torch import Tensor
+
+from auto_round.core import bits as packing
+from auto_round.core.errors import FormatError
+from auto_round.core.groups import groups_per_row, merge, split
+from auto_round.core.quantized import Quantized
+from auto_round.core.scheme import TensorSpec
+
+AWQ_NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # column held by each nibble of a word, lowest nibble first
+AWQ_BITS = 4
+
+
+def middle(spec: TensorSpec) -> int:
+    """The code that means zero in a symmetric type."""
+    return 1 << (spec.bits - 1)
+
+
+def zeros_of(q: Quantized) -> Tensor:
+    """(G, 1) zero points of `q`, also for symmetric types, uint8."""
+    if "zero" in q.params:
+        return q.params["zero"]
+    return torch.full_like(q.params["scale"], middle(q.spec), dtype=torch.uint8)
+
+
+def _across(per_group: Tensor, shape: tuple[int, int]) -> Tensor:
+    """One value per group, (G_total, 1), as a table [groups per row, O]."""
+    return per_group.reshape(shape[0], -1).t().contiguous()
+
+
+def _down(table: Tensor) -> Tensor:
+    """The inverse of `_across`."""
+    return table.t().reshape(-1, 1).contiguous()
+
+
+def write_gptq(q: Quantized, *, zero_offset: int) -> dict[str, Tensor]:
+    """GPTQ tensors of `q`. `zero_offset` is subtracted from the zero points (1 in the original layout)."""
+    codes = merge(q.codes, q.shape, q.spec.group).t()
+    # A zero point of 0 wraps to the largest code, and readers wrap it back.
+    zeros = _across((zeros_of(q).to(torch.int16) - zero_offset) & ((1 << q.spec.bits) - 1), q.shape)
+    return {
+        "qweight": packing.pack(codes, q.spec.bits),
+        "qzeros": packing.pack(zeros.t(), q.spec.bits).t().contiguous(),
+        "scales": _across(q.params["scale"], q.shape),
+    }
+
+
+def read_gptq(
+    tensors: dict[str, Tensor], spec: TensorSpec, shape: tuple[int, int], *, zero_offset: int
+) -> Quantized:
+    """The inverse of `write_gptq`. Raises FormatError when a tensor's shape does not fit `spec` and `shape`."""
+    groups = groups_per_row(shape, spec.group)
+    expected = {
+        "qweight": (shape[1] * spec.bits // packing.WORD, shape[0]),
+        "qzeros": (groups, shape[0] * spec.bits // packing.WORD),
+        "scales": (groups, shape[0]),
+    }
+    _check_shapes(tensors, expected)
+    codes = packing.unpack(tensors["qweight"], spec.bits).t()
+    zeros = packing.unpack(tensors["qzeros"].t(), spec.bits).t()
+    zeros = (zeros + zero_offset) & ((1 << spec.bits) - 1)
+    return _quantized(codes, zeros, tensors["scales"], spec, shape)
+
+
+def write_awq(q: Quantized) -> dict[str, Tensor]:
+    """AWQ (gemm) tensors of a 4-bit `q`; zero points are stored as they are."""
+    codes = merge(q.codes, q.shape, q.spec.group).t()
+    return {
+        "qweight": _pack_awq(codes),
+        "qzeros": _pack_awq(_across(zeros_of(q), q.shape)),
+        "scales": _across(q.params["scale"], q.shape),
+    }
+
+
+def read_awq(tensors: dict[str, Tensor], spec: TensorSpec, shape: tuple[int, int]) -> Quantized:
+    """The inverse of `write_awq`. Raises FormatError when a tensor's shape does not fit."""
+    groups, words = groups_per_row(shape, spec.group), shape[0] * AWQ_BITS // packing.WORD
+    expected = {"qweight": (shape[1], words), "qzeros": (groups, words), "scales": (groups, shape[0])}
+    _check_shapes(tensors, expected)
+    codes = _unpack_awq(tensors["qweight"]).t()
+    return _quantized(codes, _unpack_awq(tensors["qzeros"]), tensors["scales"], spec, shape)
+
+
+def _pack_awq(codes: Tensor) -> Tensor:
+    """(N, O) codes to (N, O / 8) int32."""
+    order = torch.tensor(AWQ_NIBBLES, device=codes.device)
+    return (
+        packing.pack(codes.reshape(codes.shape[0], -1, 8)[..., order].flatten(1).t(), AWQ_BITS)
+        .t()
+        .contiguous()
+    )
+
+
+def _unpack_awq(words: Tensor) -> Tensor:
+    """(N, O / 8) int32 to (N, O) codes."""
+    order = torch.tensor(AWQ_NIBBLES, device=words.device).argsort()
+    codes = packing.unpack(words.t(), AWQ_BITS).t()
+    return codes.reshape(codes.shape[0], -1, 8)[..., order].flatten(1)
+
+
+def _quantized(
+    codes: Tensor, zeros: Tensor, scales: Tensor, spec: TensorSpec, shape: tuple[int, int]
+) -> Quantized:
+    params = {"scale": _down(scales)}
+    if spec.sym:
+        if scales.device.type != "meta" and not bool((zeros == middle(spec)).all()):
+            raise FormatError(f"a symmetric {spec.bits}-bit layer has zero points other than {middle(spec)}")
+    else:
+        params["zero"] = _down(zeros)
+    padded = split(codes, spec.group)
+    if spec.group > 0 and shape[1] % padded.shape[1]:
+        padded = _pad_with_zero_points(codes, zeros, spec, padded.shape[1])
+    return Quantized(spec=spec, shape=shape, codes=padded.contiguous(), params=params)
+
+
+def _pad_with_zero_points(codes: Tensor, zeros: Tensor, spec: TensorSpec, size: int) -> Tensor:
+    """Padding decodes to 0, as it was when the weight was quantized: its codes are the zero point of its group."""
+    missing = -codes.shape[1] % size
+    tail = zeros[-1].unsqueeze(1).expand(-1, missing).to(codes.dtype)
+    return split(torch.cat([codes, tail], dim=1), spec.group)
+
+
+def _check_shapes(tensors: dict[str, Tensor], expected: dict[str, tuple[int, int]]) -> None:
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise FormatError(f"tensor {name} is missing; this layer needs {', '.join(expected)}")
+        if tuple(tensors[name].shape) != shape:
+            raise FormatError(f"tensor {name} has shape {tuple(tensors[name].shape)}, expected {shape}")

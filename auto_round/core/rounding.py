@@ -1,0 +1,19 @@
+"""Straight-through rounding: the forward rounds, the backward passes the gradient on unchanged (arXiv:1308.3432)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+"""The dtypes that scales may be stored in, by the name a scheme gives them."""
+
+
+def straight_through(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function(x)` with the gradient of `x`."""
+    return x + (function(x) - x).detach()
+
+
+def cast_to_storage(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` rounded to what `dtype` can hold, in float32, with the gradient of `x`."""
+    return straight_through(lambda value: value.to(dtype).float(), x)

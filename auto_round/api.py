@@ -1,0 +1,396 @@
+"""`AutoRound`, the public class: documented keywords in, a quantized model and checkpoint folders out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from auto_round.codecs.base import codec_of, preset
+from auto_round.core.errors import DataError, FormatError, NotYetError, PlanError
+from auto_round.core.plan import Plan
+from auto_round.core.quantized import Quantized
+from auto_round.core.scheme import FLAT_NAMES, QuantizationScheme, Scheme
+from auto_round.core.selection import Selection, make_plan, parse_ignore, parse_layer_config
+from auto_round.formats.base import Format, Provenance, parse_formats
+from auto_round.jobs.export import CheckpointWriter, Subject, check_sources
+from auto_round.jobs.quantize import Observer, Writer, quantize
+from auto_round.models import load
+from auto_round.models.anatomy import anatomy
+from auto_round.models.checkpoint import StateDict, names_match, parse_size
+from auto_round.models.device import execution_dtype, pick_device
+from auto_round.options import Options
+from auto_round.recipes import Recipe, algorithm_named
+from auto_round.sources.base import Needs, Source
+from auto_round.sources.blocks import Execution, LiveSource
+from auto_round.sources.dataset import DEFAULT_DATASET, Calibration, Request, load_calibration
+from auto_round.sources.tensors import TensorSource
+from auto_round.steps.base import Step
+from auto_round.steps.search import Search
+from auto_round.steps.sign_round import SignRound
+from auto_round.version import __version__
+
+logger = logging.getLogger("auto_round")
+
+
+class Kept:
+    """Keeps the quantized layers in memory, for `quantize` followed by `save_quantized`."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, Quantized] = {}
+
+    def add(self, name: str, q: Quantized) -> None:
+        """One finished layer."""
+        self.layers[name] = q
+
+
+class AutoRound:
+    """Quantizes a language model.
+
+    model: a folder, a hub id, or a live transformers model. tokenizer: needed for text data with a live model.
+    options: every field of `auto_round.options.Options`; an unknown one is a TypeError that names the nearest.
+    """
+
+    def __init__(self, model: str | Path | nn.Module, tokenizer: Any = None, **options: Any) -> None:
+        self.options = Options.of(options)
+        self.numbers = self._numbers()
+        self.observers: list[Observer] = []
+        self._tokenizer = tokenizer
+        self._kept: Kept | None = None
+        self.plan: Plan | None = None
+        self.base = base_scheme(self.options)
+        if isinstance(model, nn.Module):
+            self.model: nn.Module | None = model.eval()
+            self.folder: Path | None = None
+        else:
+            self.model = None
+            self.folder = load.resolve(str(model), platform=self.options.platform)
+        self._subject: Subject | None = None
+
+    def quantize(self) -> tuple[nn.Module, dict[str, dict[str, object]]]:
+        """Quantize in memory. Returns the model, with the weights that the codes stand for, and layer settings."""
+        formats = parse_formats(self.options.format or "fake")
+        kept = Kept()
+        model = self._live_model()
+        plan = self.make_plan(formats)
+        self._run(plan, [kept])
+        self._kept = kept
+        return model, plan.flat()
+
+    def save_quantized(self, output_dir: str | Path, format: str | None = None, **_: Any) -> nn.Module:
+        """Write what `quantize` made. Raises PlanError when nothing has been quantized yet."""
+        if self._kept is None or self.plan is None:
+            raise PlanError(
+                "save_quantized: nothing is quantized yet; call quantize() first, or quantize_and_save()"
+            )
+        formats = parse_formats(format or self.options.format or "auto_round")
+        for fmt in formats:
+            unheld = [n for n in self.plan.quantized() if fmt.keep_float(self.plan.shapes[n])]
+            if unheld:
+                raise FormatError(
+                    f"{unheld[0]}: {fmt.keep_float(self.plan.shapes[unheld[0]])}, so {fmt.name} cannot hold it"
+                )
+            fmt.check(self.plan)
+        with self._writers(Path(output_dir), formats, self.plan) as writers:
+            for name, q in self._kept.layers.items():
+                for writer in writers:
+                    writer.add(name, q)
+        return self._live_model()
+
+    def quantize_and_save(
+        self, output_dir: str | Path = "tmp_autoround", format: str | None = None, **_: Any
+    ) -> tuple[nn.Module | None, str | list[str]]:
+        """Quantize and write, layer by layer. Returns (model, folder), or (model, folders) for several formats.
+
+        The model is None when the checkpoint was streamed and no model was ever built.
+        """
+        formats = parse_formats(format or self.options.format or "auto_round")
+        plan = self.make_plan(formats)
+        with self._writers(Path(output_dir), formats, plan) as writers:
+            self._run(plan, writers)
+        folders = [str(writer.folder) for writer in writers]
+        return self.model, folders if len(folders) > 1 else folders[0]
+
+    def make_plan(self, formats: Sequence[Format]) -> Plan:
+        """The plan for this model, options and formats; nothing is read but headers and configuration."""
+        subject = self.subject()
+        selection = Selection(
+            base=self.base,
+            layer_config=parse_layer_config(self.options.layer_config),
+            ignore_layers=parse_ignore(self.options.ignore_layers),
+        )
+        body = subject.anatomy
+        default = body.in_blocks()
+        if self.options.quant_lm_head:
+            if body.head is None:
+                raise PlanError("quant_lm_head: this model has no output head")
+            default.append(body.head)
+        plan = make_plan(body.shapes(), selection, preset, default=default, fused=body.fused())
+        for name in plan.quantized():
+            codec_of(plan[name].weight)  # type: ignore[arg-type]
+        for fmt in formats:
+            plan = fmt.resolve(plan).check(plan)
+        if not plan.quantized() and self.base.weight is not None:
+            raise PlanError(
+                f"no layer is left to quantize: {'; '.join(sorted(set(plan.why.values()))) or 'no layer found'}"
+            )
+        if body.tied and body.head in plan.quantized():
+            plan = plan.noted(f"{body.head} is tied to the embedding: untied, since it is to be quantized")
+        plan = plan.noted(*body.notes, *_mixed(plan))
+        for note in plan.notes:
+            logger.warning(note)
+        check_sources(subject, plan)
+        self.plan = plan
+        return plan
+
+    def subject(self) -> Subject:
+        """The model as files and layers."""
+        if self._subject is None:
+            self._subject = self._open()
+        return self._subject
+
+    def steps(self) -> list[Step]:
+        """The recipe as a list of steps."""
+        numbers, options = self.numbers, self.options
+        found: list[Step] = [] if numbers.disable_opt_rtn else [Search()]
+        if numbers.iters:
+            found.append(
+                SignRound(
+                    iters=numbers.iters,
+                    lr=numbers.lr,
+                    minmax_lr=options.minmax_lr,
+                    batch_size=numbers.batch_size,
+                    gradient_accumulate_steps=options.gradient_accumulate_steps,
+                    minmax=options.enable_minmax_tuning,
+                    adam=options.enable_adam,
+                    momentum=options.momentum,
+                    best_state=not options.not_use_best_mse,
+                    seed=options.seed,
+                )
+            )
+        return found
+
+    def _numbers(self) -> Recipe:
+        options, configs = self.options, self.options.alg_configs
+        if configs is not None:
+            if options.algorithm is not None:
+                raise PlanError("give algorithm or alg_configs, not both")
+            for config in configs if isinstance(configs, (list, tuple)) else [configs]:
+                options = (
+                    config.merged(options)
+                    if not isinstance(config, str)
+                    else replace(options, algorithm=config)
+                )
+        if options.algorithm is not None:
+            names = {algorithm_named(part) for part in options.algorithm.split(",") if part.strip()}
+            if len(names) != 1:
+                raise PlanError(f"algorithm {options.algorithm!r}: give exactly one of them")
+            options = replace(options, algorithm=names.pop())
+        self.options = options
+        return options.numbers()
+
+    def _open(self) -> Subject:
+        """Find layers and files. With a folder and no live model, the module tree is built without weights."""
+        if self.folder is not None:
+            load.read_config(self.folder)
+        trust = self.options.trust_remote_code
+        if self.folder is None:
+            assert self.model is not None, "a model or a folder is given"
+            files, tree = load.of_live_model(self.model, self._tokenizer), self.model
+        elif load.has_safetensors(self.folder):
+            files = load.open_folder(self.folder)
+            tree = (
+                self.model if self.model is not None else load.skeleton(self.folder, trust_remote_code=trust)
+            )
+        else:
+            tree = self._live_model()
+            files = replace(
+                load.of_live_model(tree, None),
+                config=load.read_config(self.folder),
+                side_files=load.side_files(self.folder),
+                savers=(),
+            )
+        body = anatomy(tree).narrowed(self.options.to_quant_block_names)
+        tensors = [layer.tensor for layer in body.layers.values() if layer.name != body.head or not body.tied]
+        names = names_match(
+            tensors,
+            files.store.infos,
+            str(vars(type(tree)).get("base_model_prefix") or tree.base_model_prefix),
+        )
+        if names is None:
+            logger.info(
+                "tensor names of the checkpoint differ from the model's; writing the model's own names"
+            )
+            files = replace(files, store=StateDict(self._live_model().state_dict()))
+            names = {tensor: tensor for tensor in tensors}
+        if body.tied and body.head is not None:
+            names[body.layers[body.head].tensor] = _embedding_tensor(tree, names, files.store.infos)
+        return Subject(anatomy=body, files=files, names=names)
+
+    def _live_model(self) -> nn.Module:
+        if self.model is None:
+            assert self.folder is not None, "a model or a folder is given"
+            self.model = load.load_model(
+                self.folder,
+                trust_remote_code=self.options.trust_remote_code,
+                dtype=self.options.model_dtype or "auto",
+            )
+        return self.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer given, or that of the model's folder; None when there is none."""
+        if self._tokenizer is None and self.folder is not None:
+            self._tokenizer = load.load_tokenizer(
+                self.folder, trust_remote_code=self.options.trust_remote_code
+            )
+        return self._tokenizer
+
+    def _run(self, plan: Plan, writers: Sequence[Writer]) -> None:
+        steps = self.steps()
+        source = self._source(steps)
+        for observer in self.observers:
+            observer.started(plan, sum(len(blocks) for blocks in self.subject().anatomy.block_lists))
+        deterministic = self.options.enable_deterministic_algorithms
+        with _deterministic() if deterministic else ExitStack():
+            quantize(source, plan, steps, writers, self.observers)
+
+    def _source(self, steps: Sequence[Step]) -> Source:
+        """Shards when weights are all that is needed, else the live model."""
+        needs = max((step.needs for step in steps), default=Needs.NOTHING)
+        requires = max((step.requires for step in steps), default=Needs.NOTHING)
+        subject, streamable = self.subject(), self.model is None
+        if self.options.model_free and requires > Needs.NOTHING:
+            raise PlanError("model_free quantizes from weights alone: use iters=0, or leave model_free out")
+        data = None
+        if needs > Needs.NOTHING and not self.options.model_free:
+            data = self._data(required=requires > Needs.NOTHING)
+        if data is None and streamable and not self.options.disable_model_free:
+            logger.info("no forward is needed: quantizing straight from the checkpoint's shards")
+            return TensorSource(subject.anatomy, subject.files.store, subject.names)
+        device = pick_device(self.options.device_map)
+        execution = Execution(
+            device=device,
+            batch_size=self.numbers.batch_size,
+            quantized_inputs=self.options.enable_quanted_input and requires is Needs.FORWARD,
+            amp=execution_dtype(device) if self.options.amp else None,
+        )
+        return LiveSource(self._live_model(), subject.anatomy, execution, data)
+
+    def _data(self, *, required: bool) -> Calibration | None:
+        """The calibration data. A recipe that can do without falls back to weights alone when there is none."""
+        if self.numbers.nsamples == 0:
+            if required:
+                raise DataError("nsamples=0: tuning needs calibration data; give nsamples, or iters=0")
+            return None
+        request = Request(nsamples=self.numbers.nsamples, seqlen=self._seqlen(), seed=self.options.seed)
+        dataset = DEFAULT_DATASET if self.options.dataset is None else self.options.dataset
+        try:
+            return load_calibration(dataset, self.tokenizer, request)
+        except DataError as error:
+            if required or self.options.dataset is not None:
+                raise
+            logger.warning("optimised RTN goes by weights alone: %s", error)
+            return None
+
+    def _seqlen(self) -> int:
+        """The wanted length, or what the model can take."""
+        config = self.subject().files.config
+        text = config.get("text_config") or config
+        most = text.get("max_position_embeddings") or text.get("n_positions") or self.numbers.seqlen
+        if self.numbers.seqlen > most:
+            logger.warning(
+                "seqlen %d is more than the model's %d positions: using %d", self.numbers.seqlen, most, most
+            )
+        return min(self.numbers.seqlen, most)
+
+    @contextmanager
+    def _writers(
+        self, output_dir: Path, formats: Sequence[Format], plan: Plan
+    ) -> Iterator[list[CheckpointWriter]]:
+        """One writer per format: into `output_dir` itself, or into a sub-folder each when there are several."""
+        several = len(formats) > 1
+        subject, limit = self.subject(), parse_size(self.options.max_shard_size)
+        with ExitStack() as stack:
+            writers = []
+            for fmt in formats:
+                folder = output_dir / fmt.name.replace(":", "-").replace("_", "-") if several else output_dir
+                writer = CheckpointWriter(
+                    folder, fmt.resolve(plan), subject, plan, self._provenance(plan), max_shard_bytes=limit
+                )
+                writers.append(stack.enter_context(writer))
+            yield writers
+
+    def _provenance(self, plan: Plan) -> Provenance:
+        body, numbers = self.subject().anatomy, self.numbers
+        lists = zip(body.prefixes, body.block_lists, strict=True)
+        used = {body.layers[name].block for name in plan}
+        tuning: dict[str, object] = {"enable_quanted_input": False}
+        if numbers.iters:
+            tuning = {"iters": numbers.iters, "nsamples": numbers.nsamples, "seqlen": numbers.seqlen}
+            if not self.options.enable_quanted_input:
+                tuning["enable_quanted_input"] = False
+        return Provenance(
+            version=__version__,
+            blocks=tuple(prefix for prefix, blocks in lists if used & set(blocks)),
+            tuning=tuning,
+            float_layers=tuple(name for name in body.layers if name not in plan),
+        )
+
+
+def base_scheme(options: Options) -> Scheme:
+    """The scheme for all layers: `scheme` by name or object, with the single settings on top.
+
+    Raises SchemeError or NotYetError.
+    """
+    given = options.scheme
+    if isinstance(given, str):
+        start = preset(given)
+    elif isinstance(given, Scheme):
+        start = given
+    elif isinstance(given, QuantizationScheme):
+        start = Scheme.from_flat({f.name: given[f.name] for f in fields(given)})
+    elif isinstance(given, dict):
+        start = Scheme.from_flat(given)
+    else:
+        raise NotYetError(
+            f"scheme of type {type(given).__name__} is not there yet; give a name, a dict or QuantizationScheme"
+        )
+    given_fields = {f.name: getattr(options, f.name) for f in fields(options)}
+    said = {name: given_fields[name] for name in FLAT_NAMES if given_fields.get(name) is not None}
+    scheme = Scheme.from_flat(said, start) if said else start
+    if scheme.weight is not None:
+        codec_of(scheme.weight)
+    return scheme
+
+
+def _mixed(plan: Plan) -> Iterator[str]:
+    for names in plan.mixed_fused_sets():
+        settings = ", ".join(f"{name.rsplit('.', 1)[-1]}: {plan[name]}" for name in names)
+        yield f"{names[0].rsplit('.', 1)[0]}: servers merge these layers and refuse different settings ({settings})"
+
+
+def _embedding_tensor(tree: nn.Module, names: dict[str, str], stored: Any) -> str:
+    """Name in the checkpoint of the input embedding."""
+    embedding = tree.get_input_embeddings()  # type: ignore[operator]
+    name = next(name for name, module in tree.named_modules() if module is embedding)
+    matched = names_match([f"{name}.weight"], stored, str(tree.base_model_prefix))
+    if matched is None:
+        raise PlanError(f"{name}.weight: the tied embedding is not in the checkpoint")
+    return matched[f"{name}.weight"]
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -1,0 +1,1 @@
+"""Kernel libraries, one file each."""

@@ -1,0 +1,262 @@
+"""The command line as typed data: one dataclass per group of flags, and their translation to `Options`.
+
+Only spellings, help texts and defaults live here. Every flag is accepted with "-" and with "_".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from auto_round.core.errors import NotYetError, PlanError
+from auto_round.options import Options
+
+
+def _flag(*names: str, help: str = "") -> Parameter:
+    return Parameter(name=[f"--{name}" for name in names] or None, help=help)
+
+
+def _switch(*names: str, help: str = "") -> Parameter:
+    return Parameter(name=[f"--{name}" for name in names] or None, help=help, negative="")
+
+
+Text = str | None
+Number = int | None
+Real = float | None
+
+
+@Parameter(name="*", group=Group("Output", sort_key=1))
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Where the checkpoint goes and in which formats."""
+
+    output_dir: Annotated[
+        str, _flag("output-dir", help="Folder to write; several formats get a sub-folder each.")
+    ] = "./tmp_autoround"
+    format: Annotated[
+        str, _flag("format", "formats", help="One or several of `auto-round list format`, comma separated.")
+    ] = "auto_round"
+    max_shard_size: Annotated[str, _flag("max-shard-size", help="Largest weight file, such as 5GB.")] = "5GB"
+
+
+@Parameter(name="*", group=Group("Scheme", sort_key=2))
+@dataclass(frozen=True, kw_only=True)
+class SchemeFlags:
+    """Number formats, globally and per layer."""
+
+    scheme: Annotated[str, _flag("scheme", help="One of `auto-round list scheme`.")] = "W4A16"
+    bits: Annotated[Real, _flag("bits", help="Overrides the scheme's bits.")] = None
+    group_size: Annotated[Text, _flag("group-size", help="Weights that share a scale; -1: one per row.")] = (
+        None
+    )
+    asym: Annotated[bool, _switch("asym", help="Asymmetric: with zero points.")] = False
+    data_type: Annotated[Text, _flag("data-type", "dtype", help="Data type of the weights.")] = None
+    scale_dtype: Annotated[Text, _flag("scale-dtype", help="Dtype of stored scales.")] = None
+    act_bits: Annotated[Number, _flag("act-bits", help="Bits of activations; 16 leaves them alone.")] = None
+    act_group_size: Annotated[Number, _flag("act-group-size")] = None
+    act_asym: Annotated[bool, _switch("act-asym")] = False
+    act_data_type: Annotated[Text, _flag("act-data-type", "act-dtype")] = None
+    disable_act_dynamic: Annotated[bool, _switch("disable-act-dynamic")] = False
+    super_bits: Annotated[Number, _flag("super-bits")] = None
+    super_group_size: Annotated[Number, _flag("super-group-size")] = None
+    layer_config: Annotated[
+        Text, _flag("layer-config", help="Settings per layer: {k_proj:{bits:8},mlp:{group_size:32}}.")
+    ] = None
+    ignore_layers: Annotated[
+        Text, _flag("ignore-layers", "fp-layers", help="Layers left in floating point, comma separated.")
+    ] = None
+    quant_lm_head: Annotated[bool, _flag("quant-lm-head", help="Quantize the output head too.")] = False
+    to_quant_block_names: Annotated[Text, _flag("to-quant-block-names", help="Only these blocks.")] = None
+
+
+@Parameter(name="*", group=Group("Tuning", sort_key=3))
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Algorithm and its numbers; what is not said comes from the recipe."""
+
+    algorithm: Annotated[
+        Text, _flag("algorithm", "algorithms", "alg", "algs", help="auto_round, opt_rtn or rtn.")
+    ] = None
+    iters: Annotated[Number, _flag("iters", "iter", help="Sign steps per block; 0: round to nearest.")] = None
+    lr: Annotated[Real, _flag("lr", help="Step size; default 1 / iters.")] = None
+    minmax_lr: Annotated[Real, _flag("minmax-lr", help="Step size of the ranges; default lr.")] = None
+    momentum: Annotated[float, _flag("momentum")] = 0.0
+    batch_size: Annotated[Number, _flag("batch-size", "train-bs", "bs", help="Samples per step.")] = None
+    gradient_accumulate_steps: Annotated[
+        int, _flag("gradient-accumulate-steps", help="Batches per step.")
+    ] = 1
+    enable_minmax_tuning: Annotated[bool, _switch("enable-minmax-tuning")] = False
+    disable_minmax_tuning: Annotated[
+        bool, _switch("disable-minmax-tuning", help="Keep the ranges fixed.")
+    ] = False
+    enable_quanted_input: Annotated[bool, _switch("enable-quanted-input")] = False
+    disable_quanted_input: Annotated[bool, _switch("disable-quanted-input", help="Tune on float inputs.")] = (
+        False
+    )
+    enable_adam: Annotated[bool, _switch("enable-adam", "adam", help="AdamW instead of sign steps.")] = False
+    not_use_best_mse: Annotated[
+        bool, _switch("not-use-best-mse", help="Keep the last state, not the best.")
+    ] = False
+    disable_opt_rtn: Annotated[bool | None, _switch("disable-opt-rtn", help="No search of ranges.")] = None
+    enable_opt_rtn: Annotated[bool | None, _switch("enable-opt-rtn", help="Search of ranges.")] = None
+    seed: Annotated[int, _flag("seed", help="Same seed, same bytes.")] = 42
+    nblocks: Annotated[int, _flag("nblocks")] = 1
+    enable_alg_ext: Annotated[bool, _switch("enable-alg-ext")] = False
+    enable_norm_bias_tuning: Annotated[bool, _flag("enable-norm-bias-tuning")] = False
+    enable_lfq: Annotated[bool, _switch("enable-lfq")] = False
+    dynamic_max_gap: Annotated[int, _flag("dynamic-max-gap")] = -1
+
+
+@Parameter(name="*", group=Group("Data and machine", sort_key=4))
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Calibration data, devices and memory."""
+
+    dataset: Annotated[
+        Text,
+        _flag(
+            "dataset", help="Hub name or local .json, .jsonl, .txt, with options: a.jsonl:num=64:concat=True."
+        ),
+    ] = None
+    nsamples: Annotated[Number, _flag("nsamples", "nsample", help="Calibration samples.")] = None
+    seqlen: Annotated[Number, _flag("seqlen", "seq-len", help="Tokens per sample.")] = None
+    device_map: Annotated[
+        Text, _flag("device-map", "device", "devices", help="cpu, cuda:0, or a number.")
+    ] = None
+    platform: Annotated[str, _flag("platform", help="hf or model_scope.")] = "hf"
+    model_dtype: Annotated[Text, _flag("model-dtype", help="Load the model in this dtype.")] = None
+    trust_remote_code: Annotated[
+        bool, _switch("trust-remote-code", help="Run code that comes with the model.")
+    ] = False
+    disable_trust_remote_code: Annotated[bool, _switch("disable-trust-remote-code")] = False
+    low_gpu_mem_usage: Annotated[
+        bool, _switch("low-gpu-mem-usage", help="Activations stay in main memory (always so).")
+    ] = False
+    low_cpu_mem_usage: Annotated[
+        bool, _switch("low-cpu-mem-usage", help="Blocks are written as they finish (always so).")
+    ] = False
+    disable_low_cpu_mem_usage: Annotated[bool, _switch("disable-low-cpu-mem-usage")] = False
+    enable_torch_compile: Annotated[bool, _switch("enable-torch-compile")] = False
+    disable_torch_compile: Annotated[bool, _switch("disable-torch-compile")] = False
+    disable_amp: Annotated[bool, _switch("disable-amp", help="float32 matrix products.")] = False
+    enable_deterministic_algorithms: Annotated[bool, _switch("enable-deterministic-algorithms")] = False
+    disable_deterministic_algorithms: Annotated[bool, _switch("disable-deterministic-algorithms")] = False
+    model_free: Annotated[
+        bool, _switch("model-free", help="From the checkpoint's shards, no model is built.")
+    ] = False
+    disable_model_free: Annotated[bool, _switch("disable-model-free", help="Always build the model.")] = False
+
+
+@Parameter(name="*", group=Group("Not there yet", sort_key=9))
+@dataclass(frozen=True, kw_only=True)
+class Later:
+    """Flags of later work: understood, and answered with one sentence."""
+
+    avg_bits: Annotated[Real, _flag("avg-bits", "target-bits")] = None
+    options: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ()
+    schemes: Annotated[Text, _flag("schemes")] = None
+    shared_layers: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ()
+    ignore_scale_zp_bits: Annotated[bool, _switch("ignore-scale-zp-bits")] = False
+    duo_scaling: Annotated[Text, _flag("duo-scaling", "awq-duo-scaling")] = None
+    n_grid: Annotated[Number, _flag("n-grid", "awq-n-grid")] = None
+    rotation_type: Annotated[Text, _flag("rotation-type")] = None
+    rotation_config: Annotated[Text, _flag("rotation-config")] = None
+    static_kv_dtype: Annotated[Text, _flag("static-kv-dtype")] = None
+    static_attention_dtype: Annotated[Text, _flag("static-attention-dtype")] = None
+    eval: Annotated[bool, _switch("eval")] = False
+    tasks: Annotated[Text, _flag("tasks", "task")] = None
+    eval_bs: Annotated[Text, _flag("eval-bs")] = None
+    eval_backend: Annotated[Text, _flag("eval-backend")] = None
+    eval_task_by_task: Annotated[bool, _switch("eval-task-by-task")] = False
+    eval_model_dtype: Annotated[Text, _flag("eval-model-dtype")] = None
+    limit: Annotated[Real, _flag("limit")] = None
+    num_fewshot: Annotated[Number, _flag("num-fewshot")] = None
+    vllm_args: Annotated[Text, _flag("vllm-args")] = None
+    add_bos_token: Annotated[bool, _switch("add-bos-token")] = False
+    mllm: Annotated[bool, _switch("mllm")] = False
+    quant_nontext_module: Annotated[bool, _switch("quant-nontext-module")] = False
+    template: Annotated[Text, _flag("template")] = None
+    extra_data_dir: Annotated[Text, _flag("extra-data-dir")] = None
+
+    def refuse(self) -> None:
+        """Raise NotYetError for the first of these flags that was given."""
+        for f in fields(self):
+            if getattr(self, f.name) != f.default:
+                raise NotYetError(
+                    f"--{f.name.replace('_', '-')}: {WHAT.get(f.name, 'this flag')} is not there yet"
+                )
+
+
+EVALUATION = "evaluation with lm-eval"
+WHAT = {
+    **dict.fromkeys(
+        ("avg_bits", "options", "schemes", "shared_layers", "ignore_scale_zp_bits"),
+        "choosing bits per layer (AutoScheme)",
+    ),
+    **dict.fromkeys(("duo_scaling", "n_grid"), "AWQ"),
+    **dict.fromkeys(("rotation_type", "rotation_config"), "rotation"),
+    **dict.fromkeys(("static_kv_dtype", "static_attention_dtype"), "quantizing the key-value cache"),
+    **dict.fromkeys(
+        ("eval", "tasks", "eval_bs", "eval_backend", "eval_task_by_task", "eval_model_dtype"), EVALUATION
+    ),
+    **dict.fromkeys(("limit", "num_fewshot", "vllm_args", "add_bos_token"), EVALUATION),
+    **dict.fromkeys(
+        ("mllm", "quant_nontext_module", "template", "extra_data_dir"), "quantizing vision and audio parts"
+    ),
+}
+
+
+def to_options(recipe: str, output: Output, scheme: SchemeFlags, tuning: Tuning, machine: Machine) -> Options:
+    """The flags as `Options`. Raises what `Options.of` raises, and PlanError for a number that is none."""
+    plain = {
+        "recipe": recipe,
+        "format": output.format,
+        "max_shard_size": output.max_shard_size,
+        "bits": _whole("bits", scheme.bits),
+        "group_size": _group("group-size", scheme.group_size),
+        "sym": False if scheme.asym else None,
+        "act_sym": False if scheme.act_asym else None,
+        "act_dynamic": False if scheme.disable_act_dynamic else None,
+        "enable_minmax_tuning": not tuning.disable_minmax_tuning,
+        "enable_quanted_input": not tuning.disable_quanted_input,
+        "low_cpu_mem_usage": not machine.disable_low_cpu_mem_usage,
+        "enable_torch_compile": machine.enable_torch_compile or None,
+        "amp": not machine.disable_amp,
+        "trust_remote_code": machine.trust_remote_code and not machine.disable_trust_remote_code,
+    }
+    names = {f.name for f in fields(Options)} - plain.keys()
+    for group in (scheme, tuning, machine):
+        plain.update({f.name: getattr(group, f.name) for f in fields(group) if f.name in names})
+    return Options.of(plain)
+
+
+def _whole(name: str, value: float | None) -> int | None:
+    if value is None:
+        return None
+    if value != int(value):
+        raise NotYetError(
+            f"--{name} {value}: an average number of bits (AutoScheme) is not there yet; give a whole number"
+        )
+    return int(value)
+
+
+def _group(name: str, text: str | None) -> Any:
+    if text is None:
+        return None
+    if re.fullmatch(r"-?\d+(,\d+)?", text.strip()):
+        return [int(part) for part in text.split(",")] if "," in text else int(text)
+    raise PlanError(f"--{name} {text!r}: give a positive number, -1 (one per row) or 0 (one per tensor)")
+
+
+def normalized(argv: Sequence[str]) -> list[str]:
+    """`argv` with "_" in flag names as "-", so that both spellings mean the same."""
+
+    def flag(word: str) -> str:
+        name, equals, value = word.partition("=")
+        return name.replace("_", "-") + equals + value
+
+    return [flag(word) if word.startswith("--") else word for word in argv]

@@ -1,0 +1,132 @@
+"""The command line: `auto-round MODEL [flags]`, `auto-round list ...`, and one command per recipe.
+
+Exit code 0 for success, 2 for wrong usage, 1 for any other failure.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import cyclopts
+from cyclopts import Parameter
+from rich.console import Console
+
+from auto_round.cli.arguments import Later, Machine, Output, SchemeFlags, Tuning, normalized, to_options
+from auto_round.core.errors import (
+    AutoRoundError,
+    DataError,
+    ModelError,
+    NotYetError,
+    PlanError,
+    VerificationError,
+)
+from auto_round.version import __version__
+
+USAGE, FAILURE = 2, 1
+ModelName = Annotated[
+    str | None, Parameter(name=["model", "--model", "--model-name", "--model-name-or-path"])
+]
+
+
+def build(recipe: str) -> cyclopts.App:
+    """The command of one recipe."""
+    app = cyclopts.App(
+        name="auto-round" if recipe == "default" else f"auto-round-{recipe.replace('_', '-')}",
+        help=f"Quantize a language model (recipe: {recipe}). "
+        "Example: auto-round ./model --scheme W4A16 --output_dir ./out",
+        version=__version__,
+        version_flags=["--version"],
+        help_flags=["--help", "-h"],
+    )
+
+    @app.command(name="list")
+    def list_what(what: str) -> None:
+        """Show what there is: format, scheme, backend or alg."""
+        from auto_round.cli.listing import show
+
+        show(what, Console())
+
+    @app.default
+    def run(
+        model: ModelName = None,
+        *,
+        output: Output = Output(),  # noqa: B008 - frozen
+        scheme: SchemeFlags = SchemeFlags(),  # noqa: B008
+        tuning: Tuning = Tuning(),  # noqa: B008
+        machine: Machine = Machine(),  # noqa: B008
+        later: Later = Later(),  # noqa: B008
+    ) -> None:
+        """Quantize MODEL, a folder or a hub id."""
+        later.refuse()
+        if model is None:
+            raise PlanError(
+                "no model given. Example: auto-round ./my-model --scheme W4A16 --output_dir ./out"
+            )
+        _quantize(recipe, model, output, scheme, tuning, machine)
+
+    return app
+
+
+def _quantize(
+    recipe: str, model: str, output: Output, scheme: SchemeFlags, tuning: Tuning, machine: Machine
+) -> None:
+    options = to_options(recipe, output, scheme, tuning, machine)
+    from dataclasses import fields
+
+    from auto_round.api import AutoRound
+    from auto_round.cli.progress import Show
+
+    console = Console(stderr=True)
+    job = AutoRound(model, **{f.name: getattr(options, f.name) for f in fields(options)})
+    with Show(console) as show:
+        job.observers.append(show)
+        _, folders = job.quantize_and_save(output.output_dir, format=output.format)
+    Console().print(show.summary(job.folder, [folders] if isinstance(folders, str) else folders))
+
+
+def execute(recipe: str, argv: list[str]) -> int:
+    """Run the command of `recipe` with `argv`; the exit code."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    console = Console(stderr=True, soft_wrap=True)
+    try:
+        build(recipe)(normalized(argv), exit_on_error=False, print_error=False, result_action="return_value")
+    except cyclopts.CycloptsError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        return USAGE
+    except (AutoRoundError, TypeError) as error:
+        failure = isinstance(error, (ModelError, DataError, VerificationError))
+        if isinstance(error, TypeError) and "AutoRound()" not in str(error):
+            raise
+        console.print(f"error: {error}", style="red", markup=False)
+        return FAILURE if failure and not isinstance(error, (PlanError, NotYetError)) else USAGE
+    except KeyboardInterrupt:
+        console.print("interrupted: nothing was written", style="red")
+        return FAILURE
+    return 0
+
+
+def main() -> None:
+    """`auto-round`."""
+    sys.exit(execute("default", sys.argv[1:]))
+
+
+def main_best() -> None:
+    """`auto-round-best`."""
+    sys.exit(execute("best", sys.argv[1:]))
+
+
+def main_light() -> None:
+    """`auto-round-light`."""
+    sys.exit(execute("light", sys.argv[1:]))
+
+
+def main_opt_rtn() -> None:
+    """`auto-round-opt-rtn`."""
+    sys.exit(execute("opt_rtn", sys.argv[1:]))
+
+
+def main_rtn() -> None:
+    """`auto-round-rtn`."""
+    sys.exit(execute("rtn", sys.argv[1:]))

@@ -1,0 +1,104 @@
+"""Progress and the closing table in the terminal. The library itself prints nothing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from auto_round.core.plan import Plan
+from auto_round.core.settings import settings
+from auto_round.jobs.compare import weight_bytes
+from auto_round.jobs.quantize import BlockResult
+from auto_round.models.memory import peak_memory
+
+
+class Show(AbstractContextManager["Show"]):
+    """An observer that draws a progress bar and prints one line per block."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.results: list[BlockResult] = []
+        self.plan: Plan | None = None
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self.console,
+        )
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> Show:
+        self._handler = RichHandler(console=self.console, show_path=False, show_time=False, markup=False)
+        logger = logging.getLogger("auto_round")
+        logger.addHandler(self._handler)
+        logger.setLevel(settings().log_level)
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        logging.getLogger("auto_round").removeHandler(self._handler)
+
+    def started(self, plan: Plan, blocks: int) -> None:
+        """Say what is about to be done and why."""
+        self.plan = plan
+        counts = Counter(str(scheme) for scheme in plan.values())
+        described = ", ".join(f"{count} as {name}" for name, count in counts.items())
+        self.console.print(f"{len(plan)} layers in {blocks} blocks: {described}")
+        reasons = Counter(reason for name, reason in plan.why.items() if name in plan)
+        for reason, count in reasons.items():
+            self.console.print(f"  {count} because of {reason}", markup=False)
+        self._task = self._progress.add_task("quantizing", total=blocks)
+
+    def finished(self, result: BlockResult) -> None:
+        """One line: the losses before and after, what was kept, the time."""
+        self.results.append(result)
+        losses = result.report.losses
+        described = "  ".join(f"{name} {loss:.3e}" for name, loss in losses.items())
+        self.console.print(
+            f"{result.name}: {result.layers} layers  {described}  kept {result.report.kept}  {result.seconds:.1f}s",
+            markup=False,
+        )
+        self._progress.advance(self._task)
+
+    def summary(self, source: Path | None, folders: Sequence[str]) -> Table:
+        """The closing table: one row per checkpoint."""
+        table = Table(title="done", show_lines=False)
+        for column in ("folder", "layers", "weights", "of original", "kept", "time", "peak memory"):
+            table.add_column(column)
+        original = weight_bytes(source) if source is not None else 0
+        kept = Counter(result.report.kept for result in self.results if result.layers)
+        for folder in folders:
+            size = weight_bytes(Path(folder))
+            table.add_row(
+                folder,
+                str(len(self.plan.quantized()) if self.plan else 0),
+                f"{size / 1e6:.1f} MB",
+                f"{size / original:.1%}" if original else "-",
+                ", ".join(f"{name} {count}" for name, count in kept.items()),
+                f"{time.perf_counter() - self._started:.0f} s",
+                f"{peak_memory() / 1e9:.2f} GB",
+            )
+        return table

@@ -1,0 +1,100 @@
+"""Names that existing code imports: documented module paths and legacy classes. Two tables; no folders of shims."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from auto_round.options import Options
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignRoundConfig:
+    """Settings of SignRound for ``alg_configs``; None leaves a setting to the recipe."""
+
+    iters: int | None = None
+    lr: float | None = None
+    minmax_lr: float | None = None
+    momentum: float = 0.0
+    enable_minmax_tuning: bool = True
+    enable_quanted_input: bool = True
+    gradient_accumulate_steps: int = 1
+    not_use_best_mse: bool = False
+    enable_adam: bool = False
+
+    def merged(self, options: Options) -> Options:
+        """`options` with these settings."""
+        given = {key: value for key, value in vars(self).items() if value is not None}
+        return replace(options, algorithm="sign_round", **given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RTNConfig:
+    """Settings of round-to-nearest for ``alg_configs``."""
+
+    disable_opt_rtn: bool | None = None
+
+    def merged(self, options: Options) -> Options:
+        """`options` with no tuning."""
+        return replace(options, iters=0, algorithm="opt_rtn", disable_opt_rtn=self.disable_opt_rtn)
+
+
+PATHS = {
+    "auto_round.schemes": {
+        "QuantizationScheme": "auto_round.core.scheme:QuantizationScheme",
+        "PRESET_SCHEMES": "auto_round.compat:preset_schemes()",
+    },
+    "auto_round.algorithms.quantization.sign_round.config": {
+        "SignRoundConfig": "auto_round.compat:SignRoundConfig"
+    },
+    "auto_round.algorithms.quantization.rtn.config": {"RTNConfig": "auto_round.compat:RTNConfig"},
+}
+"""Documented module path -> name in it -> where the name lives; "()" means: the result of calling it."""
+
+
+def preset_schemes() -> dict[str, Any]:
+    """Preset name -> QuantizationScheme."""
+    from auto_round.codecs.base import presets
+    from auto_round.core.scheme import QuantizationScheme
+
+    return {name: QuantizationScheme.from_dict(scheme.to_flat()) for name, scheme in presets().items()}
+
+
+def AutoRoundAdam(model: Any, tokenizer: Any = None, **options: Any) -> Any:
+    """`AutoRound` with ``enable_adam=True``."""
+    from auto_round.api import AutoRound
+
+    return AutoRound(model, tokenizer, **{**options, "enable_adam": True})
+
+
+def register_paths() -> None:
+    """Make the documented deep paths importable, parents included. Their names are looked up on first use."""
+    for path, table in PATHS.items():
+        _module(path).__getattr__ = _lookup(path, table)  # type: ignore[method-assign]
+
+
+def _lookup(path: str, table: dict[str, str]) -> Callable[[str], Any]:
+    def find(name: str) -> Any:
+        if name not in table:
+            raise AttributeError(f"module {path!r} has no attribute {name!r}")
+        module, _, attribute = table[name].partition(":")
+        found = getattr(importlib.import_module(module), attribute.removesuffix("()"))
+        return found() if attribute.endswith("()") else found
+
+    return find
+
+
+def _module(path: str) -> types.ModuleType:
+    if path in sys.modules:
+        return sys.modules[path]
+    module = types.ModuleType(path, "A documented path; see auto_round.compat.")
+    module.__path__ = []
+    sys.modules[path] = module
+    parent, _, last = path.rpartition(".")
+    if parent != "auto_round":
+        setattr(_module(parent), last, module)
+    return module

@@ -1,0 +1,142 @@
+"""What a checkpoint format must offer. A format lays out `Quantized` as named tensors, reads them back, and describes
+the result in a configuration; it rounds nothing and owns no file."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from auto_round.core.errors import FormatError, NotYetError, nearest
+from auto_round.core.plan import Plan
+from auto_round.core.quantized import Quantized
+from auto_round.core.registry import discover
+from auto_round.core.scheme import Scheme, TensorSpec
+
+SHAPE_UNIT = 32  # kernels and readers of integer checkpoints expect both sides to be multiples of this
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """What a configuration tells about how the checkpoint came to be.
+
+    blocks: name prefixes of the quantized block lists ("model.layers"). tuning: settings that differ from defaults.
+    float_layers: matrices outside the plan that stay in floating point ("lm_head").
+    """
+
+    version: str
+    blocks: tuple[str, ...]
+    tuning: Mapping[str, object] = field(default_factory=dict)
+    float_layers: tuple[str, ...] = ()
+
+
+class Format(ABC):
+    """One checkpoint format."""
+
+    name: str
+    dtype: str | None = None  # what config.json must say, when readers accept one dtype only
+    config_key: str = "quantization_config"
+    holds_codes: bool = True  # whether `read` can give the codes back
+
+    @abstractmethod
+    def reject(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        """Why a layer of `shape` (O, I) cannot be held with `scheme`, or None. Stops the job before it starts."""
+
+    def keep_float(self, shape: tuple[int, int]) -> str | None:
+        """Why a layer of `shape` (O, I) must stay in floating point, or None. Shown to the user, does not stop."""
+        return None
+
+    def resolve(self, plan: Plan) -> Format:
+        """The concrete format for `plan`; a format with several packings chooses here."""
+        return self
+
+    @abstractmethod
+    def write(self, q: Quantized) -> dict[str, Tensor]:
+        """The tensors of one layer, by suffix ("qweight"). On the meta device it gives shapes and dtypes."""
+
+    @abstractmethod
+    def read(self, tensors: Mapping[str, Tensor], spec: TensorSpec, shape: tuple[int, int]) -> Quantized:
+        """The inverse of `write`. Raises FormatError for tensors that do not fit."""
+
+    @abstractmethod
+    def config(self, plan: Plan, provenance: Provenance) -> dict[str, object] | None:
+        """The quantization configuration of a checkpoint of the layers in `plan`, or None for a plain model."""
+
+    def check(self, plan: Plan) -> Plan:
+        """`plan` with the layers that this format cannot take left in floating point, each with its reason.
+
+        Raises FormatError naming the layer when a setting of the user's cannot be held.
+        """
+        for name in plan.quantized():
+            reason = self.keep_float(plan.shapes[name])
+            if reason:
+                plan = plan.override({name: None}, reason)
+        for name in plan.quantized():
+            reason = self.reject(plan[name], plan.shapes[name])
+            if reason:
+                raise FormatError(f"{name}: {reason}")
+        return plan
+
+
+def indivisible(shape: tuple[int, int]) -> str | None:
+    """Why integer checkpoints leave a matrix of `shape` (O, I) in floating point, or None."""
+    if shape[0] % SHAPE_UNIT or shape[1] % SHAPE_UNIT:
+        return f"shape {shape[0]} x {shape[1]} is not divisible by {SHAPE_UNIT}"
+    return None
+
+
+def reject_integer(name: str, scheme: Scheme, bits: tuple[int, ...], remedy: str) -> str | None:
+    """The refusals that all integer layouts share: other data types, other widths, one scale for a whole tensor."""
+    spec = scheme.weight
+    if spec is None:
+        return None
+    if spec.dtype != "int":
+        return f"{name} stores integers only, got {spec.dtype!r}. {remedy}"
+    if spec.bits not in bits:
+        allowed = ", ".join(str(width) for width in bits)
+        return f"{name} stores {allowed} bits only, got {spec.bits}. {remedy}"
+    if spec.group == 0:
+        return f"{name} cannot hold group size 0 (one scale per tensor). Use -1 or a positive group size"
+    if spec.scale_dtype != "float16":
+        return f"{name} stores float16 scales only, got {spec.scale_dtype}. Leave scale_dtype at float16"
+    return None
+
+
+def meta_quantized(spec: TensorSpec, shape: tuple[int, int]) -> Quantized:
+    """A `Quantized` without data, from which `write` tells the shapes and dtypes that a file or a loader needs."""
+    from auto_round.codecs.base import codec_of
+
+    return codec_of(spec).quantize(torch.empty(shape, device="meta"), spec)
+
+
+PLANNED = ("llm_compressor", "auto_round:llm_compressor", "mlx", "auto_round:mlx", "fp8", "auto_round:fp8")
+
+
+def formats() -> dict[str, Format]:
+    """All formats by name."""
+    return discover("auto_round.formats")
+
+
+def format_named(name: str) -> Format:
+    """The format called `name`. Raises FormatError with the nearest known name."""
+    known = formats()
+    key = name.strip().casefold()
+    if key in known:
+        return known[key]
+    if key in PLANNED or key.startswith("gguf"):
+        raise NotYetError(f"format {name!r} is not there yet. Available: {', '.join(known)}")
+    raise FormatError(f"format {name!r} is unknown.{nearest(name, known)} Available: {', '.join(known)}")
+
+
+def parse_formats(text: str) -> list[Format]:
+    """The formats of ``"auto_gptq,auto_round"``. Raises FormatError for an unknown or repeated one."""
+    names = [part for part in text.split(",") if part.strip()]
+    if not names:
+        raise FormatError(f"no format given in {text!r}. Available: {', '.join(formats())}")
+    found = [format_named(name) for name in names]
+    if len({f.name for f in found}) < len(found):
+        raise FormatError(f"format {text!r} names a format twice")
+    return found

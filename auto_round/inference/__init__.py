@@ -1,0 +1,1 @@
+"""The names that transformers imports to load a quantized checkpoint."""

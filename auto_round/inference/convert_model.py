@@ -1,0 +1,196 @@
+"""What transformers imports to load a quantized checkpoint: `infer_target_device`, `convert_hf_model`, `post_init`.
+
+transformers builds the model on the meta device, calls `convert_hf_model`, fills the buffers from the file and calls
+`post_init`. The same three serve `auto_round`, GPTQ and AWQ checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from auto_round.backends.base import Kernel, Site, backends, choose
+from auto_round.core.errors import FormatError
+from auto_round.core.scheme import Scheme
+from auto_round.core.settings import settings
+from auto_round.formats.base import Format, format_named
+from auto_round.models.anatomy import block_lists, is_matrix, shape_of
+from auto_round.models.memory import available_memory
+
+logger = logging.getLogger("auto_round")
+
+PACKINGS = {
+    "auto_round:gptq": "auto_round:auto_gptq",
+    "auto_round:awq": "auto_round:auto_awq",
+    "auto_round": "auto_round:gptqmodel",
+    "intel/auto-round": "auto_round:auto_gptq",
+    "autoround:gptq": "auto_round:auto_gptq",
+    "autoround:auto_gptq": "auto_round:auto_gptq",
+    "autoround:awq": "auto_round:auto_awq",
+    "autoround:auto_awq": "auto_round:auto_awq",
+    "autoround:gptqmodel": "auto_round:gptqmodel",
+}
+"""Names that configurations use -> our format."""
+
+
+def infer_target_device(device_map: Any = None) -> str:
+    """The device kind that layers will run on: the first accelerator of `device_map`, else the CPU."""
+    if device_map is None:
+        return "cpu"
+    values = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
+    for value in values:
+        kind = f"cuda:{value}" if isinstance(value, int) else str(value)
+        if kind in ("auto", "balanced", "balanced_low_0", "sequential"):
+            kind = "cuda" if torch.cuda.is_available() else "cpu"
+        if kind.split(":")[0] not in ("cpu", "disk", "meta"):
+            return kind.split(":")[0]
+    return "cpu"
+
+
+def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.Module, list[str]]:
+    """Replace every quantized layer of `model`, on the meta device, by an empty module of the best backend.
+
+    Returns the model and the names of the backends in use. Raises FormatError naming the layer, the packing or the
+    setting that cannot be loaded.
+    """
+    config = _as_dict(model.config.quantization_config)  # type: ignore[union-attr]
+    fmt = _format_of(config)
+    wanted = str(config.get("backend", "auto"))
+    used: Counter[str] = Counter()
+    for name, scheme in _schemes(model, config).items():
+        spec = scheme.weight
+        old = model.get_submodule(name)
+        if spec is None:
+            continue
+        bias = old._parameters.get("bias")
+        site = Site(
+            name=name,
+            format=fmt,
+            spec=spec,
+            shape=shape_of(old),
+            device=target_device,
+            dtype=old.weight.dtype,  # type: ignore[arg-type]
+            bias=None if bias is None else bias.dtype,
+        )
+        backend = choose(site, "auto" if wanted in ("auto", "None") else wanted)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, backend.build(site))
+        used[backend.name] += 1
+    if not used:
+        raise FormatError(
+            f"quantization_config names no layer of {type(model).__name__}; block_name_to_quantize may be wrong"
+        )
+    for name, count in used.items():
+        logger.info("%d layers run on backend %s (%s)", count, name, backends()[name].summary)
+    return model, list(used)
+
+
+def post_init(model: nn.Module, used_backends: list[str]) -> None:
+    """After loading: every backend checks and prepares its layers. Raises FormatError for a damaged layer."""
+    ours = [module for module in model.modules() if isinstance(module, Kernel)]
+    needed = sum(m.site.shape[0] * m.site.shape[1] * m.site.dtype.itemsize for m in ours)
+    cache = needed <= settings().cache_weights_share * available_memory()
+    logger.info(
+        "dequantized weights take %.1f GB: %s", needed / 1e9, "kept" if cache else "made anew at each call"
+    )
+    for module in ours:
+        backends()[module.backend].finish(module, cache=cache)
+
+
+def _as_dict(config: Any) -> dict[str, Any]:
+    """Settings of a quantization config, an object of transformers or a dict."""
+    found = dict(config) if isinstance(config, Mapping) else dict(vars(config))
+    if int(found.get("act_bits") or 16) < 16:
+        raise FormatError(
+            f"act_bits {found['act_bits']}: checkpoints with quantized activations cannot be loaded yet"
+        )
+    return found
+
+
+def _format_of(config: Mapping[str, Any]) -> Format:
+    packing = str(config.get("packing_format", "auto_round:auto_gptq"))
+    if config.get("checkpoint_format") == "gptq_v2":
+        packing = "auto_round:gptqmodel"
+    elif "desc_act" in config and packing in ("auto_round:gptq", "auto_round:auto_gptq"):
+        packing = "auto_gptq"  # the original checkpoint, which has a g_idx too
+    return format_named(PACKINGS.get(packing, packing))
+
+
+def _schemes(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Scheme]:
+    """Layer -> scheme, from what a configuration says globally, by name and by expression."""
+    flat = {
+        key: config[key] for key in ("bits", "group_size", "sym", "data_type") if config.get(key) is not None
+    }
+    if "zero_point" in config:  # how AWQ says it
+        flat["sym"] = not config["zero_point"]
+    base = Scheme.from_flat(flat)
+    extra: dict[str, Any] = config.get("extra_config") or {}
+    patterns = {key: value for key, value in extra.items() if re.search(r"[*+?^$|\\]", key)}
+    prefixes = _prefixes(model, config)
+    found = {}
+    for name, module in model.named_modules():
+        if not is_matrix(module):
+            continue
+        settings_of_layer = _layer_settings(name, extra, patterns)
+        inside = any(name.startswith(f"{prefix}.") for prefix in prefixes)
+        if not inside and settings_of_layer is None and not (config.get("lm_head") and name == "lm_head"):
+            continue
+        if _left_alone(name, inside, config):
+            continue
+        scheme = Scheme.from_flat(_weight_part(settings_of_layer or {}), base)
+        found[name] = _dynamic(name, scheme, config.get("dynamic") or {})
+    return found
+
+
+def _weight_part(settings_of_layer: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: settings_of_layer[key]
+        for key in ("bits", "group_size", "sym", "data_type")
+        if key in settings_of_layer
+    }
+
+
+def _layer_settings(
+    name: str, extra: Mapping[str, Any], patterns: Mapping[str, Any]
+) -> Mapping[str, Any] | None:
+    if name in extra:
+        return dict(extra[name])
+    return next(
+        (dict(value) for key, value in reversed(list(patterns.items())) if re.search(key, name)), None
+    )
+
+
+def _prefixes(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
+    named = config.get("block_name_to_quantize") or config.get("to_quant_block_names")
+    if not named:
+        return [blocks[0].rsplit(".", 1)[0] for blocks in block_lists(model)]
+    parts = named.split(",") if isinstance(named, str) else [str(part) for part in named]
+    return [part.strip() for part in parts]
+
+
+def _left_alone(name: str, inside: bool, config: Mapping[str, Any]) -> bool:
+    """Whether a GPTQ or AWQ configuration keeps the layer `name` in floating point."""
+    listed = config.get("modules_in_block_to_quantize")
+    if listed and inside:
+        endings = [ending for group in listed for ending in ([group] if isinstance(group, str) else group)]
+        if not any(name.endswith(f".{ending}") for ending in endings):
+            return True
+    excluded = config.get("modules_to_not_convert") or []
+    return any(
+        name == entry or name.endswith(f".{entry}") or f".{entry}." in f".{name}" for entry in excluded
+    )
+
+
+def _dynamic(name: str, scheme: Scheme, rules: Mapping[str, Any]) -> Scheme:
+    """GPTQModel's rules: "-:regex" leaves a layer alone, "+:regex" overrides its settings; the first match counts."""
+    for rule, override in rules.items():
+        sign, _, pattern = rule.partition(":") if rule[:2] in ("+:", "-:") else ("+", ":", rule)
+        if re.match(pattern, name):
+            return Scheme(weight=None) if sign == "-" else Scheme.from_flat(_weight_part(override), scheme)
+    return scheme

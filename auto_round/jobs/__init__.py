@@ -1,0 +1,1 @@
+"""Orchestration: the loop and what runs around it."""

@@ -1,0 +1,260 @@
+"""Writing a checkpoint while it is being quantized: planned from shapes, filled layer by layer, read back, then moved
+into place. A folder is complete or it is not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from auto_round.core.errors import FormatError, ModelError, VerificationError
+from auto_round.core.plan import Plan
+from auto_round.core.quantized import Quantized
+from auto_round.core.scheme import TensorSpec
+from auto_round.formats.base import Format, Provenance, meta_quantized
+from auto_round.models.anatomy import Anatomy
+from auto_round.models.checkpoint import Checkpoint, ShardWriter, TensorInfo, raw_bytes
+from auto_round.models.load import ModelFiles
+
+logger = logging.getLogger("auto_round")
+STAGING = ".auto_round_partial"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model as the writers see it. names: tensor name in the module tree -> name in `files.store`."""
+
+    anatomy: Anatomy
+    files: ModelFiles
+    names: Mapping[str, str]
+
+    def stored_name(self, layer: str) -> str:
+        """Prefix of the tensors of `layer` in the checkpoint."""
+        tensor = self.anatomy.layers[layer].tensor
+        if self.unties(layer):
+            return layer
+        return self.names[tensor].removesuffix(".weight")
+
+    def unties(self, layer: str) -> bool:
+        """Whether quantizing `layer` cuts its tie to the embedding, whose tensor then stays."""
+        return layer == self.anatomy.head and self.anatomy.tied
+
+
+@dataclass(slots=True)
+class Account:
+    """What became of every tensor of the source."""
+
+    copied: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
+
+
+class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
+    """One checkpoint in one format. Leaving the context without error finishes, verifies and publishes it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        fmt: Format,
+        subject: Subject,
+        plan: Plan,
+        provenance: Provenance,
+        *,
+        max_shard_bytes: int,
+    ) -> None:
+        self.folder, self.format, self.subject, self.plan, self.provenance = (
+            folder,
+            fmt,
+            subject,
+            plan,
+            provenance,
+        )
+        self.account = Account()
+        self._staging = folder / STAGING
+        self._digests: dict[str, tuple[TensorSpec, tuple[int, int], str]] = {}
+        self._written: dict[str, dict[str, str]] = {}
+        self._shards = ShardWriter(self._staging, self._infos(), max_shard_bytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weight files."""
+        return self._shards.nbytes
+
+    def _infos(self) -> dict[str, TensorInfo]:
+        """Dtype and shape of every tensor of the checkpoint: those of the source, with quantized layers replaced."""
+        store = self.subject.files.store
+        infos = dict(store.infos)
+        for layer in self.plan.quantized():
+            prefix, source = self.subject.stored_name(layer), f"{self.subject.stored_name(layer)}.weight"
+            spec = self.plan[layer].weight
+            assert spec is not None, "quantized() names layers with a spec"
+            dtype = infos[source].dtype if source in infos else None
+            if infos.pop(source, None) is not None:
+                self.account.replaced.append(source)
+            for suffix, tensor in self.format.write(meta_quantized(spec, self.plan.shapes[layer])).items():
+                name = f"{prefix}.{suffix}"
+                tensor = self._as_stored(layer, suffix, tensor)
+                infos[name] = TensorInfo(
+                    dtype if suffix == "weight" and dtype else tensor.dtype, tuple(tensor.shape)
+                )
+                if name not in store.infos:
+                    self.account.added.append(name)
+        self.account.copied = [
+            name for name in store.infos if name in infos and name not in self.account.replaced
+        ]
+        return infos
+
+    def _as_stored(self, layer: str, suffix: str, tensor: Tensor) -> Tensor:
+        """A plain weight of a layer that its model stores transposed goes to the file in that form."""
+        return tensor.t() if suffix == "weight" and self.subject.anatomy.layers[layer].transposed else tensor
+
+    def __enter__(self) -> CheckpointWriter:
+        source = self.subject.files.folder
+        if source is not None and self.folder.resolve() == source.resolve():
+            raise FormatError(f"output folder {self.folder} is the model itself; choose another --output_dir")
+        self._made_folder = not self.folder.exists()
+        try:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging.mkdir(parents=True)
+            free = shutil.disk_usage(self.folder).free
+            if free < self.nbytes:
+                raise FormatError(
+                    f"output folder {self.folder}: needs {self.nbytes:,} bytes, {free:,} are free"
+                )
+            self._shards.__enter__()
+        except OSError as error:
+            self._remove()
+            raise FormatError(f"output folder {self.folder} cannot be written: {error}") from error
+        except FormatError:
+            self._remove()
+            raise
+        return self
+
+    def add(self, name: str, q: Quantized) -> None:
+        """Write the tensors of layer `name` in their places."""
+        prefix = self.subject.stored_name(name)
+        hashes = {}
+        for suffix, tensor in self.format.write(q).items():
+            full = f"{prefix}.{suffix}"
+            tensor = self._as_stored(name, suffix, tensor).to(self._shards.infos[full].dtype)
+            try:
+                self._shards.put(full, tensor)
+            except OSError as error:
+                raise FormatError(f"output folder {self.folder} cannot be written: {error}") from error
+            hashes[full] = digest({full: tensor})
+        self._written[name] = hashes
+        self._digests[name] = (q.spec, q.shape, digest(q.tensors()))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with ExitStack() as cleanup:
+            cleanup.callback(self._remove)
+            try:
+                if kind is None:
+                    for name in self.account.copied:
+                        self._shards.put(name, self.subject.files.store.get(name))
+                self._shards.__exit__(kind, error, trace)
+                if kind is None:
+                    self._write_side_files()
+                    self._verify()
+                    self._publish()
+            except OSError as failure:
+                raise FormatError(f"output folder {self.folder} cannot be written: {failure}") from failure
+
+    def _remove(self) -> None:
+        shutil.rmtree(self._staging, ignore_errors=True)
+        if self._made_folder and self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _write_side_files(self) -> None:
+        files = self.subject.files
+        for path in files.side_files:
+            shutil.copyfile(path, self._staging / path.name)
+        for saver in files.savers:
+            saver.save_pretrained(str(self._staging))
+        config = self.config()
+        (self._staging / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+        described = config.get(self.format.config_key)
+        if described is not None:
+            (self._staging / "quantization_config.json").write_text(json.dumps(described, indent=2) + "\n")
+
+    def config(self) -> dict[str, Any]:
+        """config.json: that of the model, with what the written tensors are."""
+        config = dict(self.subject.files.config)
+        if self.format.dtype:
+            config["dtype"] = self.format.dtype
+            if "torch_dtype" in config:
+                config["torch_dtype"] = self.format.dtype
+        if any(self.subject.unties(layer) for layer in self.plan.quantized()):
+            config["tie_word_embeddings"] = False
+        described = self.format.config(self.written_plan(), self.provenance)
+        if described is not None:
+            config[self.format.config_key] = described
+        return config
+
+    def written_plan(self) -> Plan:
+        """The plan as the files have it: what was not written counts as floating point."""
+        missing = {name: None for name in self.plan.quantized() if name not in self._written}
+        return self.plan.override(missing, "not written")
+
+    def _verify(self) -> None:
+        """Read every quantized layer back and compare it, bit for bit, with what was handed in."""
+        stored = Checkpoint(self._staging)
+        for name, (spec, shape, expected) in self._digests.items():
+            tensors = {full: stored.get(full) for full in self._written[name]}
+            for full, tensor in tensors.items():
+                if digest({full: tensor}) != self._written[name][full]:
+                    raise VerificationError(
+                        f"{full} in {self.folder} reads back differently; the disk may be faulty"
+                    )
+            if self.format.holds_codes:
+                prefix = f"{self.subject.stored_name(name)}."
+                by_suffix = {full.removeprefix(prefix): tensor for full, tensor in tensors.items()}
+                if digest(self.format.read(by_suffix, spec, shape).tensors()) != expected:
+                    raise VerificationError(
+                        f"{name}: format {self.format.name} reads back other codes than were written"
+                    )
+
+    def _publish(self) -> None:
+        """Move the files into place, config.json last: a folder without it is no checkpoint."""
+        for stale in ("config.json", "quantization_config.json", "model.safetensors.index.json"):
+            (self.folder / stale).unlink(missing_ok=True)
+        for path in self.folder.glob("model*.safetensors"):
+            path.unlink()
+        for path in sorted(self._staging.iterdir(), key=lambda p: (p.name == "config.json", p.name)):
+            os.replace(path, self.folder / path.name)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of names, dtypes, shapes and bytes."""
+    state = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        state.update(f"{name.rsplit('.', 1)[-1]} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        state.update(raw_bytes(tensors[name]))
+    return state.hexdigest()
+
+
+def check_sources(subject: Subject, plan: Plan) -> None:
+    """Raise ModelError when a layer's weight in the checkpoint has another shape than the model says."""
+    for name in plan.quantized():
+        layer = subject.anatomy.layers[name]
+        stored = subject.names.get(layer.tensor)
+        if stored is None:
+            raise ModelError(f"{layer.tensor}: not found in the checkpoint")
+        expected = layer.shape[::-1] if layer.transposed else layer.shape
+        if subject.files.store.infos[stored].shape != expected:
+            found = subject.files.store.infos[stored].shape
+            raise ModelError(
+                f"{stored}: shape {found} in the checkpoint, {expected} in the model's configuration"
+            )

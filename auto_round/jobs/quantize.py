@@ -1,0 +1,103 @@
+"""The loop: every planned layer once, in model order, from a source through the steps to the writers.
+
+RTN is the empty list of steps; optimised RTN and SignRound are other lists; streaming is another source.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from auto_round.codecs.base import codec_of
+from auto_round.core.errors import ModelError, SchemeError
+from auto_round.core.plan import Plan
+from auto_round.core.quantized import NEUTRAL, Knobs, Quantized
+from auto_round.core.scheme import TensorSpec
+from auto_round.sources.base import Block, Needs, Source
+from auto_round.steps.base import BlockReport, Step, specs_of
+
+
+class Writer(Protocol):
+    """Takes the quantized layers as they are made."""
+
+    def add(self, name: str, q: Quantized) -> None:
+        """One finished layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockResult:
+    """What an observer learns about a finished block."""
+
+    name: str
+    layers: int
+    report: BlockReport
+    seconds: float
+
+
+class Observer(Protocol):
+    """Watches the loop; the library itself prints nothing."""
+
+    def started(self, plan: Plan, blocks: int) -> None:
+        """The plan is made; `blocks` blocks will follow."""
+
+    def finished(self, result: BlockResult) -> None:
+        """One block is done."""
+
+
+def quantize(
+    source: Source,
+    plan: Plan,
+    steps: Sequence[Step],
+    writers: Sequence[Writer],
+    observers: Sequence[Observer] = (),
+) -> None:
+    """Quantize every layer of `plan` and hand it to each writer.
+
+    Raises ModelError naming a layer that is not finite.
+    """
+    needs = max((step.needs for step in steps), default=Needs.NOTHING)
+    for step in steps:
+        step.prepare(source, plan)
+    for block in source.blocks(needs, plan.quantized()):
+        started, report = time.perf_counter(), BlockReport(kept="plain")
+        specs = specs_of(block, plan)
+        check_finite(block, specs)
+        knobs: dict[str, Knobs] = {}
+        for step in steps:
+            knobs = step.block(block, plan, knobs, report)
+        replaced = {}
+        for name, spec in specs.items():
+            q = encode(name, block.weights[name], spec, knobs.get(name, NEUTRAL))
+            replaced[name] = codec_of(spec).dequantize(q)
+            for writer in writers:
+                writer.add(name, q)
+        source.done(block, replaced)
+        for observer in observers:
+            observer.finished(BlockResult(block.name, len(specs), report, time.perf_counter() - started))
+
+
+def check_finite(block: Block, specs: dict[str, TensorSpec]) -> None:
+    """Raise ModelError when a weight that is to be quantized has NaN or Inf."""
+    for name in specs:
+        if not bool(torch.isfinite(block.weights[name]).all()):
+            bad = int((~torch.isfinite(block.weights[name])).sum())
+            raise ModelError(
+                f"{name}.weight has {bad} values that are NaN or Inf. Repair the checkpoint, or keep the layer in "
+                f"floating point with ignore_layers={name!r}"
+            )
+
+
+def encode(name: str, weight: torch.Tensor, spec: TensorSpec, knobs: Knobs) -> Quantized:
+    """The one place where codes are made. Raises SchemeError when a stored parameter overflows its dtype."""
+    q = codec_of(spec).quantize(weight.detach(), spec, knobs)
+    for key, tensor in q.params.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise SchemeError(
+                f"{name}: a {key} of {weight.abs().max().item():.3g}-sized weights overflows {spec.scale_dtype}. "
+                "Use another scale_dtype, or keep this layer in floating point with ignore_layers"
+            )
+    return q

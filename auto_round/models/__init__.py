@@ -1,0 +1,1 @@
+"""All that knows transformers models and safetensors files."""

@@ -1,0 +1,188 @@
+"""What a model consists of, read off the module tree: blocks, quantizable matrices, and how servers fuse them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from auto_round.core.errors import ModelError, PlanError
+from auto_round.models import quirks
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One quantizable matrix: shape (O, I), whether its tensor is stored (I, O), the block it is in, if any."""
+
+    name: str
+    shape: tuple[int, int]
+    transposed: bool
+    block: str | None
+
+    @property
+    def tensor(self) -> str:
+        """Name of its weight."""
+        return f"{self.name}.weight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Anatomy:
+    """Blocks in order, one inner tuple per block list; layers in model order; the output head."""
+
+    layers: Mapping[str, Layer]
+    block_lists: tuple[tuple[str, ...], ...]
+    head: str | None
+    tied: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Names of the block lists ("model.layers"), as checkpoint configurations state them."""
+        return tuple(blocks[0].rsplit(".", 1)[0] for blocks in self.block_lists)
+
+    def in_blocks(self) -> list[str]:
+        """Names of the layers inside blocks: those quantized by default."""
+        return [name for name, layer in self.layers.items() if layer.block is not None]
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Layer -> (O, I)."""
+        return {name: layer.shape for name, layer in self.layers.items()}
+
+    def fused(self) -> tuple[frozenset[str], ...]:
+        """Sets of layers that servers merge."""
+        found = []
+        for names in quirks.FUSED_NAMES:
+            anchor = sorted(names)[0]
+            for name in self.layers:
+                parent, _, last = name.rpartition(".")
+                group = frozenset(
+                    f"{parent}.{other}" for other in names if f"{parent}.{other}" in self.layers
+                )
+                if last == anchor and len(group) > 1:
+                    found.append(group)
+        return tuple(found)
+
+    def narrowed(self, wanted: str | list[str] | None) -> Anatomy:
+        """Only the blocks that `to_quant_block_names` means: a comma string of parts of names, or a list of names.
+
+        Raises PlanError when it means none.
+        """
+        if not wanted:
+            return self
+        if isinstance(wanted, str):
+            parts = [part.strip() for part in wanted.split(",") if part.strip()]
+        else:
+            parts = [
+                str(name)
+                for entry in wanted
+                for name in (entry if isinstance(entry, (list, tuple)) else [entry])
+            ]
+        lists = [
+            tuple(b for b in blocks if any(_means(part, b) for part in parts)) for blocks in self.block_lists
+        ]
+        kept = {block for blocks in lists for block in blocks}
+        if not kept:
+            raise PlanError(
+                f"to_quant_block_names {wanted!r} means no block. Blocks: {', '.join(self.prefixes)}.<number>"
+            )
+        layers = {
+            name: layer if layer.block in kept else Layer(name, layer.shape, layer.transposed, None)
+            for name, layer in self.layers.items()
+        }
+        return Anatomy(
+            layers=layers, block_lists=self.block_lists, head=self.head, tied=self.tied, notes=self.notes
+        )
+
+
+def _means(part: str, block: str) -> bool:
+    return f"{block}.".startswith(f"{part.rstrip('.')}.") or part.rstrip(".") in block.rsplit(".", 1)[0]
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether `module` is a layer that can be quantized."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(O, I) of a quantizable layer."""
+    rows, columns = module.weight.shape  # type: ignore[misc]
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
+def block_lists(model: nn.Module) -> list[tuple[str, ...]]:
+    """Names of the blocks of each list of blocks: the first `ModuleList` with matrices on every path."""
+
+    def search(module: nn.Module, path: str) -> Iterator[tuple[str, ...]]:
+        for name, child in module.named_children():
+            inner = f"{path}.{name}" if path else name
+            if isinstance(child, nn.ModuleList):
+                if any(is_matrix(m) for m in child.modules()):
+                    yield tuple(f"{inner}.{index}" for index in range(len(child)))
+            else:
+                yield from search(child, inner)
+
+    text = [blocks for blocks in search(model, "") if not any(w in blocks[0] for w in quirks.NON_TEXT_WORDS)]
+    return text
+
+
+def anatomy(model: nn.Module) -> Anatomy:
+    """The anatomy of a live model or of a skeleton on the meta device. Raises ModelError when it has no blocks."""
+    lists = block_lists(model)
+    if not lists:
+        raise ModelError(
+            f"{type(model).__name__}: found no list of blocks with linear layers; is it a language model?"
+        )
+    owner = {block: block for blocks in lists for block in blocks}
+    layers: dict[str, Layer] = {}
+    head = _head_name(model)
+    for name, module in model.named_modules():
+        if not is_matrix(module):
+            continue
+        block = next((owner[prefix] for prefix in _prefixes(name) if prefix in owner), None)
+        if name.endswith(quirks.ROUTER_ENDINGS) or (
+            block is None and any(w in name for w in quirks.NON_TEXT_WORDS)
+        ):
+            continue
+        layers[name] = Layer(name, shape_of(module), isinstance(module, Conv1D), block)
+    return Anatomy(
+        layers=layers,
+        block_lists=tuple(lists),
+        head=head,
+        tied=_is_tied(model, head),
+        notes=tuple(_notes(model, owner)),
+    )
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[:count]) for count in range(1, len(parts)))
+
+
+def _head_name(model: nn.Module) -> str | None:
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
+    return next((name for name, module in model.named_modules() if head is not None and module is head), None)
+
+
+def _is_tied(model: nn.Module, head: str | None) -> bool:
+    config = getattr(model, "config", None)
+    if head is None or config is None:
+        return False
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    shared = embedding is not None and model.get_submodule(head).weight is embedding.weight
+    return shared or bool(config.get_text_config().tie_word_embeddings)
+
+
+def _notes(model: nn.Module, blocks: Mapping[str, str]) -> Iterator[str]:
+    stacked = [
+        name
+        for name, p in model.named_parameters()
+        if p.ndim == 3 and any(x in blocks for x in _prefixes(name))
+    ]
+    if stacked:
+        yield (
+            f"{len(stacked)} fused expert tensors such as {stacked[0]} stay in floating point: "
+            "quantizing fused experts is not there yet"
+        )

@@ -1,0 +1,218 @@
+"""Learning what the blocks of a live model are called with, without computing them.
+
+While the model runs, every block of one list is replaced by the identity, which notes its arguments. So one cheap pass
+gives the first block's hidden states and each block's own keyword arguments: rotary embeddings, masks, positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from auto_round.core.errors import ModelError
+
+Forward = Callable[..., Any]
+
+
+class _Reached(Exception):
+    """The forward got as far as needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Arguments of one block apart from the hidden states; `by_keyword` tells how those were passed."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_keyword: bool
+
+    def run(self, module: Forward, hidden: Tensor) -> Tensor:
+        """Call `module` with `hidden` and these arguments; the hidden states it returns."""
+        out = (
+            module(**{**self.kwargs, "hidden_states": hidden})
+            if self.by_keyword
+            else module(hidden, *self.args, **self.kwargs)
+        )
+        return out[0] if isinstance(out, tuple) else out
+
+
+@contextmanager
+def replaced_forwards(modules: Sequence[nn.Module], forwards: Sequence[Forward]) -> Iterator[None]:
+    """Each of `modules` runs the given forward instead of its own, until the context is left."""
+    for module, forward in zip(modules, forwards, strict=True):
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward  # the class's own forward shows again
+
+
+def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    if args:
+        return args[0], Call(args[1:], dict(kwargs), by_keyword=False)
+    if "hidden_states" not in kwargs:
+        raise ModelError(f"a block is called without hidden_states; its keywords are {', '.join(kwargs)}")
+    rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+    return kwargs["hidden_states"], Call((), rest, by_keyword=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one forward of the model told: hidden states into the first block, and each block's call."""
+
+    hidden: Tensor
+    calls: tuple[Call, ...]
+
+
+class Recorder:
+    """Runs a model up to the last block of a list, noting how its blocks are called."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        self.model, self.blocks = model, blocks
+        self._returns_tuple: int | None = None
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, attention_mask: Tensor | None) -> Pass:
+        """One forward over `tokens` (B, T)."""
+        if self._returns_tuple is None:
+            self._learn_return(tokens[:1], None if attention_mask is None else attention_mask[:1])
+        seen: list[tuple[Tensor, Call]] = []
+
+        def note(*args: Any, **kwargs: Any) -> Any:
+            seen.append(_split_call(args, kwargs))
+            if len(seen) == len(self.blocks):
+                raise _Reached
+            return self.like_output(seen[-1][0])
+
+        with replaced_forwards(self.blocks, [note] * len(self.blocks)):
+            run_until(self.model, tokens, attention_mask)
+        if len(seen) != len(self.blocks):
+            raise ModelError(
+                f"the model ran {len(seen)} of its {len(self.blocks)} blocks; cannot tell how to call the rest"
+            )
+        return Pass(seen[0][0], tuple(call for _, call in seen))
+
+    def like_output(self, hidden: Tensor) -> Any:
+        """`hidden` in the form in which a block returns it."""
+        return (hidden, *[None] * (self._returns_tuple - 1)) if self._returns_tuple else hidden
+
+    def _learn_return(self, tokens: Tensor, attention_mask: Tensor | None) -> None:
+        first = self.blocks[0]
+
+        def watch(*args: Any, **kwargs: Any) -> Any:
+            out = type(first).forward(first, *args, **kwargs)
+            self._returns_tuple = len(out) if isinstance(out, tuple) else 0
+            raise _Reached
+
+        with replaced_forwards([first], [watch]):
+            run_until(self.model, tokens, attention_mask)
+
+
+def run_until(model: nn.Module, tokens: Tensor, attention_mask: Tensor | None) -> None:
+    """Run the model until something raises `_Reached`."""
+    extra = {} if attention_mask is None else {"attention_mask": attention_mask}
+    try:
+        model(input_ids=tokens, use_cache=False, **extra)
+    except _Reached:
+        return
+
+
+@torch.no_grad()
+def input_after_blocks(
+    recorder: Recorder, layer: nn.Module, tokens: Tensor, mask: Tensor | None, hidden: Tensor
+) -> Tensor:
+    """What `layer`, which runs after the blocks, gets when the last block returns `hidden` (B, T, H)."""
+    got: list[Tensor] = []
+
+    def note(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        got.append(args[0])
+        raise _Reached
+
+    def skip(*args: Any, **kwargs: Any) -> Any:
+        return recorder.like_output(_split_call(args, kwargs)[0])
+
+    def finish(*_args: Any, **_kwargs: Any) -> Any:
+        return recorder.like_output(hidden)
+
+    handle = layer.register_forward_pre_hook(note)
+    try:
+        with replaced_forwards(recorder.blocks, [skip] * (len(recorder.blocks) - 1) + [finish]):
+            run_until(recorder.model, tokens, mask)
+    finally:
+        handle.remove()
+    if not got:
+        raise ModelError("the model never reached the layer after its blocks")
+    return got[0]
+
+
+def leaves(value: Any) -> list[Tensor]:
+    """All tensors inside nested tuples, lists and dicts, in a fixed order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [leaf for item in value for leaf in leaves(item)]
+    if isinstance(value, dict):
+        return [leaf for key in value for leaf in leaves(value[key])]
+    return []
+
+
+def rebuilt(value: Any, replace: Iterator[Tensor]) -> Any:
+    """`value` with its tensors, in the order of `leaves`, taken from `replace`."""
+    if isinstance(value, Tensor):
+        return next(replace)
+    if isinstance(value, (tuple, list)):
+        return type(value)(rebuilt(item, replace) for item in value)
+    if isinstance(value, dict):
+        return {key: rebuilt(item, replace) for key, item in value.items()}
+    return value
+
+
+class Calls:
+    """The calls of one block for all samples: what is the same for every sample is stored once."""
+
+    def __init__(self, one: Call, other: Call, both: Call, samples: Sequence[Call] | None) -> None:
+        """Learn from passes over sample 0, sample 1, and both at once; `samples` holds every sample's own call."""
+        self._one = one
+        self._shared = leaves((one.args, one.kwargs))
+        second, joint = leaves((other.args, other.kwargs)), leaves((both.args, both.kwargs))
+        shapes = [(a.shape, c.shape) for a, c in zip(self._shared, joint, strict=True)]
+        self._batched = [len(a) > 0 and len(c) > 0 and c[0] == 2 * a[0] and a[1:] == c[1:] for a, c in shapes]
+        varying = [not torch.equal(a, b) for a, b in zip(self._shared, second, strict=True)]
+        self._per_sample: list[list[Tensor]] | None = None
+        if samples is not None:
+            every = [leaves((call.args, call.kwargs)) for call in samples]
+            self._per_sample = [
+                [row[i] for row in every] if batched else [] for i, batched in enumerate(self._batched)
+            ]
+        elif any(varying):
+            raise ModelError("the blocks' arguments depend on the sample; every sample's call is needed")
+
+    def batch(self, rows: Sequence[int], device: torch.device | str) -> Call:
+        """The call for the samples `rows` together."""
+
+        def leaf(i: int) -> Tensor:
+            if not self._batched[i]:
+                return self._shared[i].to(device)
+            own = self._per_sample[i] if self._per_sample else []
+            parts = [own[row] for row in rows] if own else [self._shared[i]] * len(rows)
+            return torch.cat(parts).to(device)
+
+        args, kwargs = rebuilt(
+            (self._one.args, self._one.kwargs), (leaf(i) for i in range(len(self._shared)))
+        )
+        return Call(args, kwargs, self._one.by_keyword)
+
+
+def varies(one: Pass, other: Pass) -> bool:
+    """Whether any block's arguments differ between two samples."""
+    for a, b in zip(one.calls, other.calls, strict=True):
+        for x, y in zip(leaves((a.args, a.kwargs)), leaves((b.args, b.kwargs)), strict=True):
+            if x.shape != y.shape or not torch.equal(x, y):
+                return True
+    return False

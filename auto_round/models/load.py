@@ -1,0 +1,173 @@
+"""From a path or a hub id to a local folder, a live model, a skeleton without weights, a tokenizer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from auto_round.core.errors import ModelError, nearest
+from auto_round.core.settings import settings
+from auto_round.models import quirks
+from auto_round.models.checkpoint import Checkpoint, StateDict, TensorStore, has_safetensors
+
+logger = logging.getLogger("auto_round")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFiles:
+    """Everything of a model that goes into a checkpoint besides its quantized layers.
+
+    store: its tensors. config: the contents of config.json. side_files: files copied as they are. savers: objects with
+    `save_pretrained`, for a live model that came without a folder.
+    """
+
+    store: TensorStore
+    config: Mapping[str, Any]
+    side_files: tuple[Path, ...] = ()
+    savers: tuple[Any, ...] = field(default=())
+    folder: Path | None = None
+
+
+def resolve(model: str, *, platform: str = "hf", revision: str | None = None) -> Path:
+    """The local folder of `model`, a path or a hub id, downloaded when need be.
+
+    Raises ModelError when there is no such folder or hub model, or it has no config.json.
+    """
+    if not model.strip():
+        raise ModelError(
+            "no model given: pass a folder with config.json and safetensors weights, or a hub id"
+        )
+    folder = Path(model).expanduser()
+    if not folder.exists():
+        if model.startswith((".", "/", "~")) or model.count("/") != 1:
+            raise ModelError(
+                f"model {model!r}: no such folder.{_siblings(folder)} Give a folder or a hub id such as owner/name"
+            )
+        folder = _download(model, platform=platform, revision=revision)
+    if folder.is_file():
+        raise ModelError(f"model {model!r} is a file; give the folder that holds config.json and the weights")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model {model!r}: the folder has no config.json, so it is no Hugging Face model")
+    return folder
+
+
+def _siblings(folder: Path) -> str:
+    if not folder.parent.is_dir():
+        return ""
+    return nearest(folder.name, [path.name for path in folder.parent.iterdir()])
+
+
+def _download(model: str, *, platform: str, revision: str | None) -> Path:
+    if platform == "model_scope" or settings().use_modelscope:
+        try:
+            from modelscope import snapshot_download as modelscope_download
+        except ImportError as error:
+            raise ModelError(f"model {model!r} from ModelScope needs: pip install modelscope") from error
+        return Path(modelscope_download(model, revision=revision))
+    if platform != "hf":
+        raise ModelError(f"platform {platform!r} is unknown; use 'hf' or 'model_scope'")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    logger.info("fetching %s from the hub", model)
+    try:
+        return Path(
+            snapshot_download(
+                model, revision=revision, ignore_patterns=["*.bin", "*.gguf", "*.h5", "original/*"]
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ModelError(
+            f"model {model!r}: no folder of that name, and the hub did not give it ({first_line}). "
+            "Check the name and the network"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The contents of config.json. Raises ModelError when it is not JSON or the model is quantized already."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise ModelError(f"{folder} is quantized already (quant_method {method!r}); give the original model")
+    return config
+
+
+def open_folder(folder: Path) -> ModelFiles:
+    """The files of a model folder, weights unread. Raises ModelError for damaged or missing weights."""
+    if not has_safetensors(folder):
+        raise ModelError(f"{folder}: no safetensors weights; convert the model with save_pretrained first")
+    return ModelFiles(
+        store=Checkpoint(folder), config=read_config(folder), side_files=side_files(folder), folder=folder
+    )
+
+
+def of_live_model(model: nn.Module, tokenizer: Any) -> ModelFiles:
+    """The files of a live model: its state dict, its config, and the objects that save themselves."""
+    config = model.config.to_dict()  # type: ignore[union-attr, operator]
+    config["architectures"] = [type(model).__name__]
+    config.pop("_name_or_path", None)
+    savers = [tokenizer, getattr(model, "generation_config", None)]
+    return ModelFiles(
+        store=StateDict(model.state_dict()), config=config, savers=tuple(s for s in savers if s is not None)
+    )
+
+
+def side_files(folder: Path) -> tuple[Path, ...]:
+    """Tokenizer, generation config, chat template, processor and code files of a model folder."""
+
+    def travels(path: Path) -> bool:
+        if not path.is_file() or path.name.startswith(".") or path.name in quirks.NEVER_COPIED:
+            return False
+        return path.suffix in quirks.SIDE_SUFFIXES and not path.name.endswith(".index.json")
+
+    return tuple(sorted(path for path in folder.iterdir() if travels(path)))
+
+
+def load_model(
+    folder: Path, *, trust_remote_code: bool = False, dtype: str | torch.dtype = "auto"
+) -> nn.Module:
+    """The live model on the CPU, in the dtype of its checkpoint. Raises ModelError when transformers cannot load it."""
+    from transformers import AutoModelForCausalLM
+
+    if has_safetensors(folder):
+        Checkpoint(folder)  # a damaged shard is named here, with its remedy
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{folder}: transformers cannot load this model: {error}") from error
+    return model.eval()
+
+
+def skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
+    """The module tree on the meta device, without weights. Raises ModelError when the architecture is unknown."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{folder}: transformers does not know this architecture: {error}") from error
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any | None:
+    """The tokenizer of a model folder, or None when it has none."""
+    from transformers import AutoTokenizer
+
+    if not any(path.name.startswith(("tokenizer", "vocab", "spiece", "merges")) for path in folder.iterdir()):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {error}") from error

@@ -1,0 +1,172 @@
+"""Every option of a quantization job, once: the API takes them as keywords, the command line as flags.
+
+Names are the public ones of the user guide. `None` means "not said": the recipe or the scheme decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from auto_round.core.errors import NotYetError, PlanError, nearest
+from auto_round.recipes import Recipe, recipe_named
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the user asked for."""
+
+    scheme: Any = "W4A16"
+    bits: int | None = None
+    group_size: int | None = None
+    sym: bool | None = None
+    data_type: str | None = None
+    scale_dtype: str | None = None
+    act_bits: int | None = None
+    act_group_size: int | None = None
+    act_sym: bool | None = None
+    act_data_type: str | None = None
+    act_dynamic: bool | None = None
+    super_bits: int | None = None
+    super_group_size: int | None = None
+    layer_config: Any = None
+    ignore_layers: Any = None
+    quant_lm_head: bool = False
+    to_quant_block_names: Any = None
+
+    recipe: str = "default"
+    algorithm: str | None = None
+    alg_configs: Any = None
+    iters: int | None = None
+    lr: float | None = None
+    minmax_lr: float | None = None
+    momentum: float = 0.0
+    nsamples: int | None = None
+    seqlen: int | None = None
+    batch_size: int | None = None
+    gradient_accumulate_steps: int = 1
+    enable_minmax_tuning: bool = True
+    enable_quanted_input: bool = True
+    enable_adam: bool = False
+    not_use_best_mse: bool = False
+    disable_opt_rtn: bool | None = None
+    enable_opt_rtn: bool | None = None
+    seed: int = 42
+
+    dataset: Any = None
+    device_map: Any = None
+    amp: bool = True
+    model_dtype: str | None = None
+    low_gpu_mem_usage: bool = False
+    low_cpu_mem_usage: bool = True
+    enable_torch_compile: bool | None = None
+    enable_deterministic_algorithms: bool = False
+    trust_remote_code: bool = False
+    platform: str = "hf"
+    model_free: bool = False
+    disable_model_free: bool = False
+    format: str | None = None
+    max_shard_size: str | int = "5GB"
+
+    nblocks: int = 1
+    enable_alg_ext: bool = False
+    enable_norm_bias_tuning: bool = False
+    enable_lfq: bool = False
+    dynamic_max_gap: int = -1
+    lr_scheduler: Any = None
+    rotation_config: Any = None
+    static_kv_dtype: str | None = None
+    static_attention_dtype: str | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Options:
+        """Options from keywords; deprecated spellings are understood.
+
+        Raises TypeError with the nearest known name for an unknown keyword, NotYetError for one of later work.
+        """
+        named = {ALIASES.get(key, key): value for key, value in given.items()}
+        known = [f.name for f in fields(cls)]
+        for key in named:
+            if key not in known:
+                raise TypeError(
+                    f"AutoRound() got an unexpected keyword {key!r}.{nearest(key, [*known, *ALIASES])}"
+                )
+        options = cls(**named)
+        options.check()
+        return options
+
+    def check(self) -> None:
+        """Raise NotYetError for what this version does not do, PlanError for numbers out of range."""
+        defaults = {f.name: f.default for f in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, sentence in LATER.items():
+            if values[name] != defaults[name] and values[name] is not None:
+                raise NotYetError(f"{name}={values[name]!r}: {sentence}")
+        if self.enable_torch_compile:
+            raise NotYetError("enable_torch_compile=True: compiled blocks are not there yet; leave it out")
+        for name, least in AT_LEAST.items():
+            value = values[name]
+            if value is not None and (isinstance(value, bool) or value < least):
+                raise PlanError(f"{name} must be {least} or more, got {value!r}")
+
+    def numbers(self) -> Recipe:
+        """The recipe's numbers with what was said explicitly."""
+        base = recipe_named(self.recipe)
+
+        def said(value: Any, otherwise: Any) -> Any:
+            return otherwise if value is None else value
+
+        disable = said(self.disable_opt_rtn, base.disable_opt_rtn)
+        if self.algorithm == "rtn" and self.enable_opt_rtn is None:
+            disable = said(self.disable_opt_rtn, True)
+        return Recipe(
+            iters=0 if self.algorithm in ("rtn", "opt_rtn") else said(self.iters, base.iters),
+            nsamples=said(self.nsamples, base.nsamples),
+            seqlen=said(self.seqlen, base.seqlen),
+            batch_size=said(self.batch_size, base.batch_size),
+            lr=said(self.lr, base.lr),
+            disable_opt_rtn=disable and not self.enable_opt_rtn,
+        )
+
+
+ALIASES = {
+    "device": "device_map",
+    "fp_layers": "ignore_layers",
+    "bs": "batch_size",
+    "train_bs": "batch_size",
+    "adam": "enable_adam",
+    "iter": "iters",
+    "nsample": "nsamples",
+    "seq_len": "seqlen",
+    "dtype": "data_type",
+    "act_dtype": "act_data_type",
+    "algorithms": "algorithm",
+}
+"""Other spellings of keywords."""
+
+AT_LEAST = {
+    "iters": 0,
+    "nsamples": 0,
+    "seqlen": 1,
+    "batch_size": 1,
+    "gradient_accumulate_steps": 1,
+    "lr": 0,
+    "minmax_lr": 0,
+}
+"""Smallest sensible numbers."""
+
+LATER = {
+    "nblocks": "tuning several blocks together is not there yet",
+    "enable_alg_ext": "SignRoundV2 is not there yet",
+    "enable_norm_bias_tuning": "tuning norms and biases is not there yet",
+    "enable_lfq": "the language-model loss on the last block is not there yet",
+    "dynamic_max_gap": "early stopping is not there yet",
+    "lr_scheduler": "other schedules than linear decay are not there yet",
+    "rotation_config": "rotations are not there yet",
+    "static_kv_dtype": "key-value cache scales are not there yet",
+    "static_attention_dtype": "quantized attention is not there yet",
+    "super_bits": "scales of scales (GGUF) are not there yet",
+    "super_group_size": "scales of scales (GGUF) are not there yet",
+}
+"""Options of later work: any value but the default is refused with this sentence."""

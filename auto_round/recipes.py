@@ -1,0 +1,58 @@
+"""Recipes: names for lists of steps with their numbers, as the user guide's table has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from auto_round.core.errors import NotYetError, PlanError, nearest
+
+ALGORITHMS = {
+    "auto_round": "sign_round",
+    "autoround": "sign_round",
+    "sign_round": "sign_round",
+    "signround": "sign_round",
+    "rtn": "rtn",
+    "opt_rtn": "opt_rtn",
+}
+PLANNED = ("awq", "gptq", "svdquant", "hadamard", "random_hadamard", "quarot_hadamard", "spinquant", "quarot")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """The numbers of one row of the guide's table. lr None means 1 / iters."""
+
+    iters: int = 200
+    nsamples: int = 128
+    seqlen: int = 2048
+    batch_size: int = 8
+    lr: float | None = None
+    disable_opt_rtn: bool = False
+
+
+RECIPES = {
+    "default": Recipe(),
+    "best": Recipe(iters=1000, nsamples=512),
+    "light": Recipe(iters=50, lr=5e-3),
+    "opt_rtn": Recipe(iters=0),
+    "rtn": Recipe(iters=0, nsamples=0, disable_opt_rtn=True),
+}
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe called `name`; a dash counts as an underscore. Raises PlanError with the nearest known name."""
+    key = name.strip().casefold().replace("-", "_")
+    if key not in RECIPES:
+        raise PlanError(f"recipe {name!r} is unknown.{nearest(name, RECIPES)} Known: {', '.join(RECIPES)}")
+    return RECIPES[key]
+
+
+def algorithm_named(name: str) -> str:
+    """Our name of the algorithm `name`. Raises PlanError or NotYetError."""
+    key = name.strip().casefold().replace("-", "_")
+    if key in ALGORITHMS:
+        return ALGORITHMS[key]
+    if key in PLANNED:
+        raise NotYetError(f"algorithm {name!r} is not there yet. Available: {', '.join(ALGORITHMS)}")
+    raise PlanError(
+        f"algorithm {name!r} is unknown.{nearest(name, ALGORITHMS)} Available: {', '.join(ALGORITHMS)}"
+    )

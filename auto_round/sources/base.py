@@ -1,0 +1,62 @@
+"""Where blocks of weights come from, and what steps may ask of a block."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import IntEnum
+
+from torch import Tensor
+
+from auto_round.core.errors import AutoRoundError
+
+
+class Needs(IntEnum):
+    """What a recipe needs besides weights: nothing, statistics of layer inputs, or running the block."""
+
+    NOTHING = 0
+    STATISTICS = 1
+    FORWARD = 2
+
+
+class Block(ABC):
+    """Some matrices that are quantized together."""
+
+    name: str
+    weights: Mapping[str, Tensor]
+    """Layer name -> (O, I), as in the checkpoint."""
+    samples: int = 0
+    """Calibration samples that it can be run on; 0 when there are none."""
+
+    def importance(self, layer: str) -> Tensor | None:
+        """Second moment of each input channel of `layer`, (I,) float32, or None when nothing was gathered."""
+        return None
+
+    def target(self, rows: Sequence[int]) -> Tensor:
+        """Output of the original block for the samples `rows`: (B, T, H) float32."""
+        raise AutoRoundError(f"{self.name}: this source cannot run blocks")
+
+    def run(self, rows: Sequence[int], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Output for the samples `rows` as they arrive here through the quantized layers before, (B, T, H) float32.
+
+        weights: layer -> (O, I), used instead of the original ones.
+        """
+        raise AutoRoundError(f"{self.name}: this source cannot run blocks")
+
+    def valid(self, rows: Sequence[int]) -> Tensor | None:
+        """(B, T) bool: tokens that count; None when all do."""
+        return None
+
+
+class Source(ABC):
+    """Hands out the blocks of a model in order."""
+
+    can_run: bool
+
+    @abstractmethod
+    def blocks(self, needs: Needs, wanted: Iterable[str]) -> Iterator[Block]:
+        """Every block with a layer in `wanted`, or that later blocks depend on."""
+
+    def done(self, block: Block, replaced: Mapping[str, Tensor]) -> None:
+        """`block` is finished; `replaced` is layer -> the weight (O, I) that its quantized form stands for."""
+        return None

@@ -1,0 +1,297 @@
+"""A live model, block by block: captured inputs, the float chain and the quantized chain.
+
+The float chain gives every block's target; the quantized chain is what really arrives at a block once those before it
+are quantized, and what it is tuned on. Blocks run in float32 (matrix products in bfloat16 where the processor has it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from auto_round.core.errors import ModelError
+from auto_round.models.anatomy import Anatomy, Layer
+from auto_round.models.capture import Call, Calls, Pass, Recorder, input_after_blocks, varies
+from auto_round.sources.base import Block, Needs, Source
+from auto_round.sources.dataset import Calibration
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """How blocks are run. amp: dtype of matrix products, or None for float32 throughout."""
+
+    device: torch.device
+    batch_size: int = 8
+    quantized_inputs: bool = True
+    amp: torch.dtype | None = None
+
+    def autocast(self) -> torch.autocast:
+        """The context in which blocks compute."""
+        return torch.autocast(
+            self.device.type, dtype=self.amp or torch.bfloat16, enabled=self.amp is not None
+        )
+
+
+@dataclass(slots=True)
+class Chain:
+    """Hidden states on their way through the blocks, (N, T, H) float32; `quantized` may be `plain` itself."""
+
+    plain: Tensor
+    quantized: Tensor
+
+
+class LiveBlock(Block):
+    """A block that is a module of a live model."""
+
+    def __init__(
+        self, name: str, module: nn.Module, layers: Mapping[str, Layer], execution: Execution
+    ) -> None:
+        self.name, self.module, self._layers, self._execution = name, module, layers, execution
+        self._dtypes = {key: tensor.dtype for key, tensor in module.state_dict().items()}
+        self._home = next(module.parameters()).device
+        module.to(execution.device)
+        self.weights = {
+            layer: self._oriented(layers[layer], self._weight(layer).detach()) for layer in layers
+        }
+        self._importance: dict[str, Tensor] = {}
+
+    def attach(self, chain: Chain, calls: Calls, valid: Tensor | None) -> None:
+        """Give the block its inputs, after which it can be run."""
+        self._chain, self._calls, self._valid = chain, calls, valid
+        self.samples = chain.plain.shape[0]
+        self.module.float()
+
+    def observe(self, *, statistics: bool) -> None:
+        """Run the original block over all samples: its targets, and the second moments of its layers' inputs."""
+        hooks = [self._gather(name) for name in self._layers] if statistics else []
+        self._targets = torch.empty_like(self._chain.plain)
+        for rows in self.batches():
+            self._targets[rows] = self._forward(self._chain.plain, rows, None).cpu()
+        for hook in hooks:
+            hook.remove()
+
+    def _gather(self, layer: str) -> torch.utils.hooks.RemovableHandle:
+        total = torch.zeros(self._layers[layer].shape[1], device=self._execution.device)
+        self._importance[layer] = total
+
+        def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            total.add_(args[0].detach().float().flatten(0, -2).square().sum(0))
+
+        return self._submodule(layer).register_forward_pre_hook(add)
+
+    def importance(self, layer: str) -> Tensor | None:
+        """Sum of squares of each input channel over all samples."""
+        return self._importance.get(layer)
+
+    def batches(self) -> Iterator[list[int]]:
+        """All samples, in order, in groups of the batch size."""
+        for start in range(0, self.samples, self._execution.batch_size):
+            yield list(range(start, min(start + self._execution.batch_size, self.samples)))
+
+    def target(self, rows: Sequence[int]) -> Tensor:
+        """Stored by `observe`."""
+        return self._targets[list(rows)].to(self._execution.device)
+
+    def run(self, rows: Sequence[int], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """From the quantized chain's hidden states."""
+        return self._forward(self._chain.quantized, rows, weights)
+
+    def valid(self, rows: Sequence[int]) -> Tensor | None:
+        """Tokens that are no padding."""
+        return None if self._valid is None else self._valid[list(rows)].to(self._execution.device)
+
+    def _forward(self, hidden: Tensor, rows: Sequence[int], weights: Mapping[str, Tensor] | None) -> Tensor:
+        device = self._execution.device
+        call = self._calls.batch(rows, device)
+        parameters = {
+            self._parameter(n): self._oriented(self._layers[n], w) for n, w in (weights or {}).items()
+        }
+
+        def module(*args: object, **kwargs: object) -> object:
+            return (
+                functional_call(self.module, parameters, args, kwargs)
+                if parameters
+                else self.module(*args, **kwargs)
+            )
+
+        with torch.set_grad_enabled(bool(parameters) and torch.is_grad_enabled()), self._execution.autocast():
+            return call.run(module, hidden[list(rows)].to(device)).float()
+
+    @torch.no_grad()
+    def advance(self, replaced: Mapping[str, Tensor], *, quantized: bool) -> None:
+        """Move both chains past this block, whose weights become `replaced`."""
+        if quantized:
+            for rows in self.batches():
+                self._chain.quantized[rows] = self._forward(self._chain.quantized, rows, replaced).cpu()
+        self._chain.plain = self._targets
+        if not self._execution.quantized_inputs:
+            self._chain.quantized = self._chain.plain
+
+    @torch.no_grad()
+    def settle(self, replaced: Mapping[str, Tensor]) -> None:
+        """Leave the module as found, in its own dtypes and place, with the weights `replaced`."""
+        for layer, weight in replaced.items():
+            self._weight(layer).data = self._oriented(self._layers[layer], weight)
+        for key, tensor in self.module.state_dict(keep_vars=True).items():
+            tensor.data = tensor.data.to(self._home, self._dtypes[key]).contiguous()
+
+    def _submodule(self, layer: str) -> nn.Module:
+        return self.module.get_submodule(layer.removeprefix(f"{self.name}."))
+
+    def _parameter(self, layer: str) -> str:
+        return f"{layer.removeprefix(f'{self.name}.')}.weight"
+
+    def _weight(self, layer: str) -> nn.Parameter:
+        return self.module.get_parameter(self._parameter(layer))
+
+    @staticmethod
+    def _oriented(layer: Layer, weight: Tensor) -> Tensor:
+        return weight.t() if layer.transposed else weight
+
+
+class OutsideBlock(Block):
+    """One layer after the blocks, lm_head for instance. Its target is computed when asked for: it is large."""
+
+    def __init__(self, layer: Layer, module: nn.Module, execution: Execution, inputs: Chain | None) -> None:
+        self.name, self._layer, self._module, self._execution, self._inputs = (
+            layer.name,
+            layer,
+            module,
+            execution,
+            inputs,
+        )
+        weight = module.get_parameter("weight").detach()
+        self.weights = {layer.name: weight.t() if layer.transposed else weight}
+        self.samples = 0 if inputs is None else inputs.plain.shape[0]
+
+    def importance(self, layer: str) -> Tensor | None:
+        """Sum of squares of each input channel over all samples."""
+        return None if self._inputs is None else self._inputs.plain.flatten(0, -2).square().sum(0)
+
+    def target(self, rows: Sequence[int]) -> Tensor:
+        """Output of the original layer."""
+        return self._apply(self._chain.plain, rows, self.weights[self.name])
+
+    def run(self, rows: Sequence[int], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """From the quantized chain's hidden states."""
+        return self._apply(self._chain.quantized, rows, (weights or self.weights)[self.name])
+
+    @property
+    def _chain(self) -> Chain:
+        if self._inputs is None:
+            raise ModelError(f"{self.name}: no inputs were captured, so it cannot be run")
+        return self._inputs
+
+    def _apply(self, hidden: Tensor, rows: Sequence[int], weight: Tensor) -> Tensor:
+        x = hidden[list(rows)].to(self._execution.device)
+        with self._execution.autocast():
+            return nn.functional.linear(x, weight.float()).float()
+
+    @torch.no_grad()
+    def settle(self, replaced: Mapping[str, Tensor]) -> None:
+        """Give the module the weight `replaced`; a tie to the embedding is cut, not followed."""
+        for weight in replaced.values():
+            old = self._module.get_parameter("weight")
+            new = (weight.t() if self._layer.transposed else weight).to(old.device, old.dtype)
+            self._module.weight = nn.Parameter(new.contiguous(), requires_grad=False)
+
+
+class LiveSource(Source):
+    """Blocks of a live model, then the wanted layers outside blocks."""
+
+    can_run = True
+
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, execution: Execution, data: Calibration | None
+    ) -> None:
+        self.model, self.anatomy, self.execution, self.data = model, anatomy, execution, data
+        self._needs = Needs.NOTHING
+        self._last_block = ""
+
+    def blocks(self, needs: Needs, wanted: Iterable[str]) -> Iterator[Block]:
+        """In model order; inputs of a block list are captured when it is reached."""
+        names = set(wanted)
+        outside = [
+            layer for layer in self.anatomy.layers.values() if layer.block is None and layer.name in names
+        ]
+        self._needs = needs if self.data is not None else Needs.NOTHING
+        chain: Chain | None = None
+        recorder: Recorder | None = None
+        for blocks in self.anatomy.block_lists:
+            modules = [self.model.get_submodule(name) for name in blocks]
+            recorder = Recorder(self.model, modules)
+            chain, calls = (None, None) if self._needs is Needs.NOTHING else self._capture(recorder)
+            self._last_block = "" if outside else blocks[-1]
+            for index, (name, module) in enumerate(zip(blocks, modules, strict=True)):
+                yield self._block(name, module, chain, calls[index] if calls else None)
+        for layer in outside:
+            inputs = None if chain is None or recorder is None else self._inputs_of(layer, recorder, chain)
+            yield OutsideBlock(layer, self.model.get_submodule(layer.name), self.execution, inputs)
+
+    def done(self, block: Block, replaced: Mapping[str, Tensor]) -> None:
+        """Propagate both chains and put the weights into the model."""
+        if isinstance(block, LiveBlock):
+            if self._needs is not Needs.NOTHING:
+                wanted = self._needs is Needs.FORWARD and self.execution.quantized_inputs
+                block.advance(replaced, quantized=wanted and block.name != self._last_block)
+            block.settle(replaced)
+        elif isinstance(block, OutsideBlock):
+            block.settle(replaced)
+
+    def _block(self, name: str, module: nn.Module, chain: Chain | None, calls: Calls | None) -> LiveBlock:
+        layers = {n: layer for n, layer in self.anatomy.layers.items() if layer.block == name}
+        block = LiveBlock(name, module, layers, self.execution)
+        if chain is not None and calls is not None:
+            block.attach(chain, calls, None if self.data is None else self.data.valid)
+            with torch.no_grad():
+                block.observe(statistics=True)
+        return block
+
+    def _capture(self, recorder: Recorder) -> tuple[Chain, list[Calls]]:
+        assert self.data is not None, "capture needs data"
+        tokens, mask = self.data.tokens, self.data.attention_mask
+        pair = [0, min(1, len(tokens) - 1)]
+        one, other = (self._record(recorder, [row]) for row in pair)
+        both = self._record(recorder, pair)
+        every = mask is not None or varies(one, other)
+        hidden: list[Tensor] = []
+        own: list[tuple[Call, ...]] = []
+        for row in range(len(tokens)):
+            seen = self._record(recorder, [row])
+            hidden.append(seen.hidden.float())
+            if every:
+                own.append(seen.calls)
+        plain = torch.cat(hidden)
+        calls = [
+            Calls(
+                one.calls[i], other.calls[i], both.calls[i], [sample[i] for sample in own] if every else None
+            )
+            for i in range(len(recorder.blocks))
+        ]
+        same = self._needs is not Needs.FORWARD or not self.execution.quantized_inputs
+        return Chain(plain, plain if same else plain.clone()), calls
+
+    def _record(self, recorder: Recorder, rows: list[int]) -> Pass:
+        assert self.data is not None, "recording needs data"
+        mask = self.data.attention_mask
+        return recorder(self.data.tokens[rows], None if mask is None else mask[rows])
+
+    def _inputs_of(self, layer: Layer, recorder: Recorder, chain: Chain) -> Chain:
+        assert self.data is not None, "inputs need data"
+        module, data = self.model.get_submodule(layer.name), self.data
+        dtype = next(self.model.parameters()).dtype
+
+        def of_sample(hidden: Tensor, row: int) -> Tensor:
+            rows = slice(row, row + 1)
+            mask = None if data.attention_mask is None else data.attention_mask[rows]
+            return input_after_blocks(recorder, module, data.tokens[rows], mask, hidden[rows].to(dtype))
+
+        def through(hidden: Tensor) -> Tensor:
+            return torch.cat([of_sample(hidden, row) for row in range(len(hidden))]).float()
+
+        plain = through(chain.plain)
+        return Chain(plain, plain if chain.quantized is chain.plain else through(chain.quantized))

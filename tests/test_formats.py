@@ -1,0 +1,224 @@
+"""Formats: read(write(q)) == q for every format, scheme and shape it accepts; golden bytes."""
+
+import itertools
+
+import pytest
+import torch
+
+from auto_round.codecs.base import codec_of, fake
+from auto_round.core.errors import FormatError, NotYetError
+from auto_round.core.plan import Plan
+from auto_round.core.quantized import Quantized
+from auto_round.core.scheme import Scheme, TensorSpec
+from auto_round.formats.base import Provenance, format_named, formats, meta_quantized, parse_formats
+
+SPECS = [
+    TensorSpec(bits=bits, group=group, sym=sym)
+    for bits, group, sym in itertools.product((2, 3, 4, 8), (32, 64, 48, 128, -1), (True, False))
+]
+SHAPES = [(32, 96), (64, 64), (96, 256)]
+CASES = [
+    (name, spec, shape)
+    for name, spec, shape in itertools.product(formats(), SPECS, SHAPES)
+    if formats()[name].holds_codes and formats()[name].reject(Scheme(weight=spec), shape) is None
+]
+
+
+def quantized(spec, shape, dtype=torch.float32):
+    """A random weight and its quantized form."""
+    w = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    return w, codec_of(spec).quantize(w, spec)
+
+
+@pytest.mark.parametrize(("name", "spec", "shape"), CASES, ids=str)
+def test_what_is_read_is_what_was_written(name, spec, shape):
+    w, q = quantized(spec, shape, torch.bfloat16)
+    fmt = format_named(name)
+    again = fmt.read(fmt.write(q), spec, shape)
+    assert again.equals(q)
+    assert torch.equal(codec_of(spec).dequantize(again).to(w.dtype), fake(w, spec))
+
+
+@pytest.mark.parametrize(("name", "spec", "shape"), CASES, ids=str)
+def test_the_meta_device_tells_what_will_be_written(name, spec, shape):
+    fmt = format_named(name)
+    real, planned = fmt.write(quantized(spec, shape)[1]), fmt.write(meta_quantized(spec, shape))
+    assert {k: (t.dtype, t.shape) for k, t in real.items()} == {
+        k: (t.dtype, t.shape) for k, t in planned.items()
+    }
+
+
+def counting(spec):
+    """An 8 x 32 matrix with codes 0, 1, 2, ... and simple scales."""
+    codes = (torch.arange(256) % (1 << spec.bits)).to(torch.uint8).reshape(8, 32)
+    params = {"scale": torch.arange(1, 9).half().reshape(8, 1) / 8}
+    if not spec.sym:
+        params["zero"] = torch.arange(8, dtype=torch.uint8).reshape(8, 1) % (1 << spec.bits)
+    return Quantized(spec=spec, shape=(8, 32), codes=codes, params=params)
+
+
+def hex_of(tensor):
+    """The bytes of a tensor as text."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes().hex()
+
+
+GOLDEN = {
+    ("auto_round:auto_gptq", 4, True): ("10325476" * 8 + "98badcfe" * 8, "77777777"),
+    ("auto_round:gptqmodel", 4, False): ("10325476" * 8 + "98badcfe" * 8, "10325476"),
+    ("auto_round:auto_gptq", 4, False): ("10325476" * 8 + "98badcfe" * 8, "0f214365"),
+    ("auto_round:auto_gptq", 8, True): ("0001020320212223404142436061626380818283", "7f" * 8),
+}
+
+
+@pytest.mark.parametrize("key", GOLDEN, ids=str)
+def test_the_first_words_of_a_gptq_layer_are_the_golden_bytes(key):
+    name, bits, sym = key
+    spec = TensorSpec(bits=bits, group=-1, sym=sym)
+    tensors = format_named(name).write(counting(spec))
+    codes, zeros = GOLDEN[key]
+    assert hex_of(tensors["qweight"]).startswith(codes)
+    assert hex_of(tensors["qzeros"]).startswith(zeros)
+    assert hex_of(tensors["scales"]) == "0030003400360038003900 3a003b003c".replace(" ", "")
+
+
+def test_three_bit_codes_straddle_words_as_in_gptq():
+    spec = TensorSpec(bits=3, group=-1)
+    codes = (torch.arange(32, dtype=torch.uint8) % 8).expand(32, 32).contiguous()
+    q = Quantized(spec=spec, shape=(32, 32), codes=codes, params={"scale": torch.ones(32, 1).half()})
+    # ten codes, then the low two bits of the eleventh; its high bit opens the next word
+    assert (
+        hex_of(format_named("auto_round:auto_gptq").write(q)["qweight"][:, 0]) == "88c6fa88c6fa88c6fa88c6fa"
+    )
+
+
+def test_awq_words_hold_columns_in_the_order_0_2_4_6_1_3_5_7():
+    spec = TensorSpec(bits=4, group=-1, sym=False)
+    q = counting(spec)
+    columns = (
+        torch.arange(8, dtype=torch.uint8).reshape(8, 1).expand(8, 32).contiguous()
+    )  # row r holds code r
+    q = Quantized(spec=spec, shape=q.shape, codes=columns, params=q.params)
+    tensors = format_named("auto_awq").write(q)
+    # nibbles, lowest first: 0 2 4 6 1 3 5 7
+    assert hex_of(tensors["qweight"]) == "20643175" * 32
+    assert hex_of(tensors["qzeros"]) == "20643175"
+
+
+def test_gptq_layers_have_a_group_index_and_auto_round_ones_do_not():
+    q = quantized(TensorSpec(bits=4, group=32), (32, 96))[1]
+    assert format_named("auto_gptq").write(q)["g_idx"].tolist() == [i // 32 for i in range(96)]
+    assert set(format_named("auto_round:auto_gptq").write(q)) == {"qweight", "qzeros", "scales"}
+
+
+def plan_of(base, **layers):
+    """A plan of two blocks with q, k and down, some of them with schemes of their own."""
+    names = [f"model.layers.{i}.{part}" for i in range(2) for part in ("q_proj", "k_proj", "down_proj")]
+    schemes = {name: layers.get(name.rsplit(".", 1)[1], base) for name in names}
+    return Plan(schemes, shapes=dict.fromkeys(names, (64, 64)), base=base)
+
+
+PROVENANCE = Provenance(version="9.9", blocks=("model.layers",), float_layers=("lm_head",))
+W4, W8, ASYM4, ASYM2 = (
+    Scheme(weight=TensorSpec(bits=b, sym=s)) for b, s in ((4, True), (8, True), (4, False), (2, False))
+)
+
+
+@pytest.mark.parametrize(
+    ("base", "layers", "packing"),
+    [
+        (W4, {}, "auto_round:auto_gptq"),
+        (W4, {"k_proj": W8}, "auto_round:auto_gptq"),
+        (ASYM4, {}, "auto_round:auto_awq"),
+        (ASYM2, {}, "auto_round"),
+        (ASYM4, {"k_proj": W8}, "auto_round"),
+    ],
+    ids=str,
+)
+def test_auto_round_chooses_the_packing_that_readers_expect(base, layers, packing):
+    plan = plan_of(base, **layers)
+    config = format_named("auto_round").resolve(plan).config(plan, PROVENANCE)
+    assert config["packing_format"] == packing
+    assert config["quant_method"] == "auto-round" and config["block_name_to_quantize"] == "model.layers"
+
+
+def test_extra_config_holds_only_what_departs():
+    plan = plan_of(W4, k_proj=W8, down_proj=Scheme(weight=None))
+    config = format_named("auto_round:auto_gptq").config(plan, PROVENANCE)
+    assert config["extra_config"]["model.layers.0.k_proj"] == {"bits": 8}
+    assert config["extra_config"]["model.layers.1.down_proj"] == {"bits": 16, "data_type": "float"}
+    assert "model.layers.0.q_proj" not in config["extra_config"]
+
+
+def test_a_gptq_config_names_mixed_and_float_layers():
+    plan = plan_of(W4, k_proj=W8, down_proj=Scheme(weight=None))
+    config = format_named("auto_gptq").config(plan, PROVENANCE)
+    assert config["dynamic"] == {
+        r"+:.*\.k_proj$": {"bits": 8, "group_size": 128, "sym": True},
+        r"-:.*\.down_proj$": {},
+    }
+    assert config["modules_in_block_to_quantize"] == [["k_proj", "q_proj"]]
+    assert config["quant_method"] == "gptq" and config["desc_act"] is False and config["lm_head"] is False
+
+
+def test_an_awq_config_names_what_stays_in_floating_point():
+    plan = plan_of(ASYM4, k_proj=Scheme(weight=None))
+    config = format_named("auto_awq").config(plan, PROVENANCE)
+    assert config["modules_to_not_convert"] == ["lm_head", "model.layers.0.k_proj", "model.layers.1.k_proj"]
+    assert config["zero_point"] is True and config["version"] == "gemm"
+
+
+def test_a_layer_that_a_format_cannot_divide_stays_in_floating_point_with_its_reason():
+    plan = Plan({"a": W4, "b": W4}, shapes={"a": (64, 64), "b": (50, 64)}, base=W4)
+    checked = format_named("auto_round").check(plan)
+    assert checked.quantized() == ["a"]
+    assert "50 x 64 is not divisible by 32" in checked.why["b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "words"),
+    [
+        ("auto_gptq", TensorSpec(bits=5), "2, 3, 4, 8 bits only, got 5"),
+        ("auto_awq", TensorSpec(bits=8), "4 bits only, got 8"),
+        ("auto_awq", TensorSpec(bits=4, group=48), "divide the row of 64, got 48"),
+        ("auto_gptq", TensorSpec(bits=4, group=0), "group size 0"),
+        ("auto_round", TensorSpec(bits=4, scale_dtype="float32"), "float16 scales only"),
+    ],
+    ids=str,
+)
+def test_a_refusal_names_the_layer_the_value_and_the_remedy(name, spec, words):
+    scheme = Scheme(weight=spec)
+    plan = Plan({"x.y": scheme}, shapes={"x.y": (64, 64)}, base=scheme)
+    with pytest.raises(FormatError) as caught:
+        format_named(name).check(plan)
+    assert "x.y" in str(caught.value) and words in str(caught.value)
+
+
+def test_auto_awq_refuses_two_settings_at_once():
+    with pytest.raises(FormatError, match="one setting for all"):
+        format_named("auto_awq").check(plan_of(ASYM4, k_proj=W4))
+
+
+def test_format_names_are_checked():
+    with pytest.raises(FormatError, match="Did you mean 'auto_gptq'"):
+        parse_formats("auto_gtpq")
+    with pytest.raises(NotYetError, match="not there yet"):
+        parse_formats("gguf:q4_k_m")
+    with pytest.raises(FormatError, match="twice"):
+        parse_formats("auto_awq,auto_awq")
+    assert [f.name for f in parse_formats("auto_gptq, auto_awq,auto_round")] == [
+        "auto_gptq",
+        "auto_awq",
+        "auto_round",
+    ]
+
+
+@pytest.mark.parametrize("name", ["auto_gptq", "auto_awq", "auto_round:auto_gptq"])
+def test_tensors_of_the_wrong_shape_are_named(name):
+    spec, fmt = TensorSpec(bits=4, group=32), format_named(name)
+    tensors = fmt.write(quantized(spec, (32, 96))[1])
+    tensors["scales"] = tensors["scales"][:1]
+    with pytest.raises(FormatError, match="scales has shape"):
+        fmt.read(tensors, spec, (32, 96))
+    del tensors["scales"]
+    with pytest.raises(FormatError, match="scales is missing"):
+        fmt.read(tensors, spec, (32, 96))

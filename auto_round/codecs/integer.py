@@ -30,6 +30,7 @@ SMALLEST_SCALE = {
 SEARCH_STEPS = 33
 REFINE_STEPS = 9
 REFITS = 3
+GRAM_SWEEPS, GRAM_STEPS, GRAM_REACH = 2, 13, 0.18
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +124,17 @@ class Integer(Codec):
         """The grid of least importance-weighted squared error: {"scale"} or {"scale", "zero"}, (G, 1) each.
 
         A coarse sweep of range factors, a finer one around each group's best, then alternating least squares of the
-        scale for fixed codes. The error is measured with the scale in storage dtype.
+        scale for fixed codes. The error is measured with the scale in storage dtype. Given the whole Gram matrix of
+        the inputs, the scales are then refined against the layer's true output error.
         """
-        groups = split(w.float(), spec.group)
-        weight = _group_weights(importance, (w.shape[0], w.shape[1]), spec.group)
+        groups, shape = split(w.float(), spec.group), (w.shape[0], w.shape[1])
+        diagonal = importance.diagonal() if importance is not None and importance.ndim == 2 else importance
+        weight = _group_weights(diagonal, shape, spec.group)
         best = _Best(groups, weight, spec)
         (_sweep_symmetric if spec.sym else _sweep_asymmetric)(best, *_range(groups, spec, NEUTRAL))
         best.refit()
+        if importance is not None and importance.ndim == 2 and spec.group != 0:
+            _refine_on_gram(best, shape, importance)
         found: dict[str, Tensor] = {"scale": best.scale}
         if not spec.sym:
             found["zero"] = best.zero
@@ -271,6 +276,50 @@ class _Best:
             scale = (weight * level * self.groups).sum(1, keepdim=True) / power.clamp(min=1e-30)
             usable = (power > 0) & (scale != 0)
             self.offer(Grid(_stored(torch.where(usable, scale, self.scale), self.spec), zero))
+
+
+def _refine_on_gram(best: _Best, shape: tuple[int, int], gram: Tensor) -> None:
+    """Coordinate descent of the scales on tr(D gram D'), D = fake - w: one column of groups after the other.
+
+    All rows move at once; each takes the candidate that lowers its output error given the errors of its other groups.
+    """
+    size, columns = best.groups.shape[1], best.groups.shape[0] // shape[0]
+    gram = torch.nn.functional.pad(gram, (0, columns * size - shape[1], 0, columns * size - shape[1]))
+    weights = best.groups.reshape(shape[0], columns, size)
+    scales = best.scale.reshape(shape[0], columns, 1).clone()
+    zeros = best.zero.reshape(shape[0], columns, 1)
+    grids = [Grid(scales[:, j], zeros[:, j]) for j in range(columns)]
+    error = torch.cat([_error(weights[:, j], grid, best.spec) for j, grid in enumerate(grids)], 1)
+    for j in [*range(columns)] * GRAM_SWEEPS:
+        here = slice(j * size, (j + 1) * size)
+        own = gram[here, here]
+        outside = error @ gram[:, here] - error[:, here] @ own
+
+        def cost(difference: Tensor, own: Tensor = own, outside: Tensor = outside) -> Tensor:
+            return ((difference @ own + 2 * outside) * difference).sum(1, keepdim=True)
+
+        scale, kept = scales[:, j], error[:, here]
+        lowest = cost(kept)
+        level = (kept + weights[:, j]) / scale
+        power = ((level @ own) * level).sum(1, keepdim=True).clamp(min=1e-30)
+        fitted = (((weights[:, j] @ own) - outside) * level).sum(1, keepdim=True) / power
+        factors = torch.linspace(1 - GRAM_REACH, 1 + GRAM_REACH, GRAM_STEPS).tolist()
+        for candidate in (fitted, *(scale * factor for factor in factors)):
+            usable = torch.where(candidate * scale > 0, candidate, scale)
+            stored = _stored(usable, best.spec)
+            difference = _error(weights[:, j], Grid(stored, zeros[:, j]), best.spec)
+            total = cost(difference)
+            better = total < lowest
+            lowest = torch.where(better, total, lowest)
+            scales[:, j] = torch.where(better, stored, scales[:, j])
+            kept = torch.where(better, difference, kept)
+        error[:, here] = kept
+    best.scale = scales.reshape(-1, 1)
+
+
+def _error(groups: Tensor, grid: Grid, spec: TensorSpec) -> Tensor:
+    """fake - w of grouped weights."""
+    return (_codes(groups, grid, spec, None) - grid.zero) * grid.scale - groups
 
 
 def _sweep_symmetric(best: _Best, low: Tensor, high: Tensor) -> None:

@@ -20,6 +20,9 @@ from auto_round.sources.base import Block, Needs, Source
 from auto_round.sources.dataset import Calibration
 
 
+GRAM_MOST = 8192  # a Gram matrix of that many channels takes 256 MB
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Execution:
     """How blocks are run. amp: dtype of matrix products, or None for float32 throughout."""
@@ -75,11 +78,15 @@ class LiveBlock(Block):
             hook.remove()
 
     def _gather(self, layer: str) -> torch.utils.hooks.RemovableHandle:
-        total = torch.zeros(self._layers[layer].shape[1], device=self._execution.device)
+        columns = self._layers[layer].shape[1]
+        whole = columns <= GRAM_MOST
+        total = torch.zeros((columns, columns) if whole else (columns,), device=self._execution.device)
         self._importance[layer] = total
 
         def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            total.add_(args[0].detach().float().flatten(0, -2).square().sum(0))
+            x = args[0].detach().float().flatten(0, -2)
+            with torch.autocast(x.device.type, enabled=False):
+                total.addmm_(x.t(), x) if whole else total.add_(x.square().sum(0))
 
         return self._submodule(layer).register_forward_pre_hook(add)
 

@@ -158,6 +158,19 @@ def test_a_search_follows_the_importance():
     assert (weighted - w)[:, :4].square().sum() < 0.5 * (even - w)[:, :4].square().sum()
 
 
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.group != 0], ids=str)
+def test_the_gram_matrix_lowers_the_output_error(spec):
+    w = gaussian(16, 100, seed=9)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(400, 100, generator=generator) @ torch.randn(100, 100, generator=generator) + 1
+    gram = x.t() @ x
+    error = {}
+    for name, importance in {"diagonal": gram.diagonal(), "gram": gram}.items():
+        difference = fake(w, spec, codec_of(spec).search(w, spec, importance)) - w
+        error[name] = ((difference @ gram) * difference).sum()
+    assert error["gram"] <= error["diagonal"] * (1 + 1e-5)
+
+
 @pytest.mark.parametrize("sym", [True, False])
 @given(magnitude=st.integers(-2, 4), seed=st.integers(0, 1000))
 @settings(max_examples=25, deadline=None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
@@ -75,10 +77,9 @@ class AutoRound:
 
     def quantize(self) -> tuple[nn.Module, dict[str, dict[str, object]]]:
         """Quantize in memory. Returns the model, with the weights that the codes stand for, and layer settings."""
-        formats = parse_formats(self.options.format or "fake")
         kept = Kept()
         model = self._live_model()
-        plan = self.make_plan(formats)
+        plan = self._plan_in_memory()
         self._run(plan, [kept])
         self._kept = kept
         return model, plan.flat()
@@ -148,6 +149,16 @@ class AutoRound:
         check_sources(subject, plan)
         self.plan = plan
         return plan
+
+    def _plan_in_memory(self) -> Plan:
+        """A plan that the format given, or else `auto_round` if it can, is able to save later."""
+        if self.options.format is not None:
+            return self.make_plan(parse_formats(self.options.format))
+        try:
+            return self.make_plan(parse_formats("auto_round"))
+        except FormatError as error:
+            logger.info("the result can be saved in format fake only: %s", error)
+            return self.make_plan(parse_formats("fake"))
 
     def subject(self) -> Subject:
         """The model as files and layers."""
@@ -371,9 +382,13 @@ def base_scheme(options: Options) -> Scheme:
 
 
 def _mixed(plan: Plan) -> Iterator[str]:
+    """One remark per kind of fused set whose layers differ, with the number of blocks it is so in."""
+    kinds: Counter[tuple[str, str]] = Counter()
     for names in plan.mixed_fused_sets():
         settings = ", ".join(f"{name.rsplit('.', 1)[-1]}: {plan[name]}" for name in names)
-        yield f"{names[0].rsplit('.', 1)[0]}: servers merge these layers and refuse different settings ({settings})"
+        kinds[re.sub(r"\.\d+\.", ".*.", names[0].rsplit(".", 1)[0]), settings] += 1
+    for (place, settings), count in kinds.items():
+        yield f"{place} ({count} times): servers merge these layers and refuse different settings ({settings})"
 
 
 def _embedding_tensor(tree: nn.Module, names: dict[str, str], stored: Any) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from auto_round.codecs.base import codec_of, preset
-from auto_round.core.errors import DataError, FormatError, NotYetError, PlanError
+from auto_round.core.errors import DataError, FormatError, NotYetError, PlanError, SchemeError
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import FLAT_NAMES, QuantizationScheme, Scheme
@@ -134,7 +134,7 @@ class AutoRound:
             default.append(body.head)
         plan = make_plan(body.shapes(), selection, preset, default=default, fused=body.fused())
         for name in plan.quantized():
-            codec_of(plan[name].weight)  # type: ignore[arg-type]
+            _check_spec(name, plan[name])
         for fmt in formats:
             plan = fmt.resolve(plan).check(plan)
         if not plan.quantized() and self.base.weight is not None:
@@ -379,6 +379,15 @@ def base_scheme(options: Options) -> Scheme:
     if scheme.weight is not None:
         codec_of(scheme.weight)
     return scheme
+
+
+def _check_spec(name: str, scheme: Scheme) -> None:
+    """Raise SchemeError, naming the layer, when its data type cannot do its settings."""
+    try:
+        if scheme.weight is not None:
+            codec_of(scheme.weight)
+    except SchemeError as error:
+        raise SchemeError(f"{name}: {error}") from error
 
 
 def _mixed(plan: Plan) -> Iterator[str]:

@@ -60,7 +60,7 @@ class Scheme:
                     f"{key!r} is no setting of a scheme.{nearest(key, FLAT_NAMES)} Known: {_listing()}"
                 )
         _refuse_later(given)
-        if int(str(given.get("bits", 0) or 0)) >= FLOAT_BITS or str(given.get("data_type", "")) == "float":
+        if _whole("bits", given.get("bits", 0)) >= FLOAT_BITS or given.get("data_type") == "float":
             return FLOAT
         start = base.weight if base is not None and base.weight is not None else TensorSpec()
         changes = {ours: _checked(key, given[key]) for key, ours in WEIGHT_NAMES.items() if key in given}
@@ -95,7 +95,7 @@ def _listing() -> str:
 
 
 def _refuse_later(given: Mapping[str, object]) -> None:
-    if int(str(given.get("act_bits", FLOAT_BITS))) < FLOAT_BITS:
+    if _whole("act_bits", given.get("act_bits", FLOAT_BITS)) < FLOAT_BITS:
         raise NotYetError(
             f"act_bits={given['act_bits']}: quantized activations are not there yet; leave act_bits at 16"
         )
@@ -119,14 +119,19 @@ def _checked(key: str, value: Any) -> Any:
         return str(value)
     if isinstance(value, (list, tuple)):
         raise NotYetError(f"{key}={value!r}: two-dimensional groups are not there yet; give one number")
-    if isinstance(value, bool) or not str(value).lstrip("-").isdigit():
-        raise SchemeError(f"{key} must be a whole number, got {value!r}")
-    number = int(value)
+    number = _whole(key, value)
     if key == "group_size" and number < -1:
         raise SchemeError(
             f"group_size {number} is not possible: positive, -1 (one per row) or 0 (one per tensor)"
         )
     return number
+
+
+def _whole(key: str, value: object) -> int:
+    """`value` as a number, or a SchemeError that names `key`."""
+    if isinstance(value, bool) or not str(value).removeprefix("-").isdigit():
+        raise SchemeError(f"{key} must be a whole number, got {value!r}")
+    return int(str(value))
 
 
 @dataclass

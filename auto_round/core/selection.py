@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from auto_round.core.errors import PlanError, nearest
+from auto_round.core.errors import NotYetError, PlanError, SchemeError, nearest
 from auto_round.core.plan import Plan
 from auto_round.core.scheme import QuantizationScheme, Scheme
 
@@ -163,7 +163,14 @@ def _ignore(plan: Plan, entries: Iterable[str]) -> Plan:
 
 
 def _scheme_of(key: str, value: Setting, base: Scheme, preset: PresetLookup) -> Scheme:
-    """The scheme that one `layer_config` value asks for."""
+    """The scheme that one `layer_config` value asks for; errors say which key it was."""
+    try:
+        return _read_setting(key, value, base, preset)
+    except (SchemeError, NotYetError) as error:
+        raise type(error)(f"layer_config {key!r}: {error}") from error
+
+
+def _read_setting(key: str, value: Setting, base: Scheme, preset: PresetLookup) -> Scheme:
     if isinstance(value, Scheme):
         return value
     if isinstance(value, str):

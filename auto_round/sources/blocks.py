@@ -19,7 +19,6 @@ from auto_round.models.capture import Call, Calls, Pass, Recorder, input_after_b
 from auto_round.sources.base import Block, Needs, Source
 from auto_round.sources.dataset import Calibration
 
-
 GRAM_MOST = 8192  # a Gram matrix of that many channels takes 256 MB
 
 

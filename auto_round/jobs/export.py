@@ -17,37 +17,16 @@ from typing import Any
 
 from torch import Tensor
 
-from auto_round.core.errors import FormatError, ModelError, VerificationError
+from auto_round.core.errors import FormatError, VerificationError
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import TensorSpec
 from auto_round.formats.base import Format, Provenance, meta_quantized
-from auto_round.models.anatomy import Anatomy
 from auto_round.models.checkpoint import Checkpoint, ShardWriter, TensorInfo, raw_bytes
-from auto_round.models.load import ModelFiles
+from auto_round.models.subject import Subject
 
 logger = logging.getLogger("auto_round")
 STAGING = ".auto_round_partial"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
-    """A model as the writers see it. names: tensor name in the module tree -> name in `files.store`."""
-
-    anatomy: Anatomy
-    files: ModelFiles
-    names: Mapping[str, str]
-
-    def stored_name(self, layer: str) -> str:
-        """Prefix of the tensors of `layer` in the checkpoint."""
-        tensor = self.anatomy.layers[layer].tensor
-        if self.unties(layer):
-            return layer
-        return self.names[tensor].removesuffix(".weight")
-
-    def unties(self, layer: str) -> bool:
-        """Whether quantizing `layer` cuts its tie to the embedding, whose tensor then stays."""
-        return layer == self.anatomy.head and self.anatomy.tied
 
 
 @dataclass(slots=True)
@@ -243,18 +222,3 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         state.update(f"{name.rsplit('.', 1)[-1]} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         state.update(raw_bytes(tensors[name]))
     return state.hexdigest()
-
-
-def check_sources(subject: Subject, plan: Plan) -> None:
-    """Raise ModelError when a layer's weight in the checkpoint has another shape than the model says."""
-    for name in plan.quantized():
-        layer = subject.anatomy.layers[name]
-        stored = subject.names.get(layer.tensor)
-        if stored is None:
-            raise ModelError(f"{layer.tensor}: not found in the checkpoint")
-        expected = layer.shape[::-1] if layer.transposed else layer.shape
-        if subject.files.store.infos[stored].shape != expected:
-            found = subject.files.store.infos[stored].shape
-            raise ModelError(
-                f"{stored}: shape {found} in the checkpoint, {expected} in the model's configuration"
-            )

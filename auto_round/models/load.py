@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from auto_round.core.errors import ModelError, nearest
 from auto_round.core.settings import settings
@@ -138,8 +139,6 @@ def load_model(
     folder: Path, *, trust_remote_code: bool = False, dtype: str | torch.dtype = "auto"
 ) -> nn.Module:
     """The live model on the CPU, in the dtype of its checkpoint. Raises ModelError when transformers cannot load it."""
-    from transformers import AutoModelForCausalLM
-
     if has_safetensors(folder):
         Checkpoint(folder)  # a damaged shard is named here, with its remedy
     try:
@@ -151,8 +150,6 @@ def load_model(
 
 def skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
     """The module tree on the meta device, without weights. Raises ModelError when the architecture is unknown."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
@@ -163,8 +160,6 @@ def skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any | None:
     """The tokenizer of a model folder, or None when it has none."""
-    from transformers import AutoTokenizer
-
     if not any(path.name.startswith(("tokenizer", "vocab", "spiece", "merges")) for path in folder.iterdir()):
         return None
     try:

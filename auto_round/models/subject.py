@@ -1,0 +1,113 @@
+"""A model made ready for a job: its anatomy, its files, and which stored tensor belongs to which layer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from auto_round.core.errors import ModelError
+from auto_round.core.plan import Plan
+from auto_round.models import load
+from auto_round.models.anatomy import Anatomy, anatomy
+from auto_round.models.checkpoint import StateDict, names_match
+from auto_round.models.load import ModelFiles
+
+logger = logging.getLogger("auto_round")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model as the writers see it. names: tensor name in the module tree -> name in `files.store`."""
+
+    anatomy: Anatomy
+    files: ModelFiles
+    names: Mapping[str, str]
+
+    def stored_name(self, layer: str) -> str:
+        """Prefix of the tensors of `layer` in the checkpoint."""
+        tensor = self.anatomy.layers[layer].tensor
+        if self.unties(layer):
+            return layer
+        return self.names[tensor].removesuffix(".weight")
+
+    def unties(self, layer: str) -> bool:
+        """Whether quantizing `layer` cuts its tie to the embedding, whose tensor then stays."""
+        return layer == self.anatomy.head and self.anatomy.tied
+
+
+def open_subject(
+    folder: Path | None,
+    model: nn.Module | None,
+    load_live: Callable[[], nn.Module],
+    *,
+    tokenizer: Any,
+    trust_remote_code: bool,
+    blocks: Any,
+) -> Subject:
+    """Find layers and files of a model folder, or of a live model when there is no folder.
+
+    With a folder of safetensors the module tree is built without weights; `load_live` is called only when the weights
+    are in another form. blocks: narrows the anatomy (`to_quant_block_names`).
+    """
+    files, tree = _files_and_tree(folder, model, load_live, tokenizer, trust_remote_code)
+    body = anatomy(tree).narrowed(blocks)
+    tensors = [layer.tensor for layer in body.layers.values() if layer.name != body.head or not body.tied]
+    prefix = str(tree.base_model_prefix)
+    names = names_match(tensors, files.store.infos, prefix)
+    if names is None:
+        # transformers renames tensors of some architectures while loading; the live names are always consistent.
+        logger.info("tensor names of the checkpoint differ from the model's; writing the model's own names")
+        files = replace(files, store=StateDict(load_live().state_dict()))
+        names = {tensor: tensor for tensor in tensors}
+    if body.tied and body.head is not None:
+        names[body.layers[body.head].tensor] = _embedding_tensor(tree, files, prefix)
+    return Subject(anatomy=body, files=files, names=names)
+
+
+def _files_and_tree(
+    folder: Path | None,
+    model: nn.Module | None,
+    load_live: Callable[[], nn.Module],
+    tokenizer: Any,
+    trust_remote_code: bool,
+) -> tuple[ModelFiles, nn.Module]:
+    if folder is None:
+        assert model is not None, "a model or a folder is given"
+        return load.of_live_model(model, tokenizer), model
+    config = load.read_config(folder)
+    if load.has_safetensors(folder):
+        tree = load.skeleton(folder, trust_remote_code=trust_remote_code) if model is None else model
+        return load.open_folder(folder), tree
+    tree = load_live()
+    files = load.of_live_model(tree, None)
+    return replace(files, config=config, side_files=load.side_files(folder), savers=()), tree
+
+
+def _embedding_tensor(tree: nn.Module, files: ModelFiles, prefix: str) -> str:
+    """Name in the checkpoint of the input embedding."""
+    embedding = tree.get_input_embeddings()  # type: ignore[operator]
+    name = next(name for name, module in tree.named_modules() if module is embedding)
+    matched = names_match([f"{name}.weight"], files.store.infos, prefix)
+    if matched is None:
+        raise ModelError(f"{name}.weight: the tied embedding is not in the checkpoint")
+    return matched[f"{name}.weight"]
+
+
+def check_sources(subject: Subject, plan: Plan) -> None:
+    """Raise ModelError when a layer's weight in the checkpoint has another shape than the model says."""
+    for name in plan.quantized():
+        layer = subject.anatomy.layers[name]
+        stored = subject.names.get(layer.tensor)
+        if stored is None:
+            raise ModelError(f"{layer.tensor}: not found in the checkpoint")
+        expected = layer.shape[::-1] if layer.transposed else layer.shape
+        if subject.files.store.infos[stored].shape != expected:
+            found = subject.files.store.infos[stored].shape
+            raise ModelError(
+                f"{stored}: shape {found} in the checkpoint, {expected} in the model's configuration"
+            )

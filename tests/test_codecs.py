@@ -52,8 +52,12 @@ def slow_group(values, spec):
         middle = 2 ** (spec.bits - 1)
         scale, zero = half(-(low if -low > high else high) / middle), middle
     else:
-        scale = half(f32(f32(high - low) / top))
+        scale = half(f32(f32(high - low) / top)) or 2.0**-24
         zero = round(f32(-low / scale))
+        if zero < 1:  # a zero point of 0 is not stored: the range is moved down by one step
+            low = f32(-high / (top - 1))
+            scale = half(f32(f32(high - low) / top)) or 2.0**-24
+            zero = max(1, round(f32(-low / scale)))
     codes = [min(max(round(f32(v / scale)) + zero, 0), top) for v in values]
     return [f32(scale * (code - zero)) for code in codes]
 
@@ -61,6 +65,18 @@ def slow_group(values, spec):
 @pytest.mark.parametrize("spec", [s for s in SPECS if s.group != 0], ids=str)
 def test_the_integer_codec_is_its_definition(spec):
     w = gaussian(4, 96, seed=spec.bits)
+    assert torch.equal(fake(w, spec), slow_fake(w, spec))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("kind", ["positive", "negative", "zero", "constant", "mixed"])
+def test_zero_points_are_never_zero(bits, kind):
+    w = gaussian(4, 64, seed=bits)
+    w = {"positive": w.abs(), "negative": -w.abs(), "zero": w * 0, "constant": w * 0 + 0.3, "mixed": w}[kind]
+    spec = TensorSpec(bits=bits, group=32, sym=False)
+    for knobs in ({}, codec_of(spec).search(w, spec)):
+        q = codec_of(spec).quantize(w, spec, knobs)
+        assert q.params["zero"].min() >= 1 and q.params["zero"].max() <= 2**bits - 1
     assert torch.equal(fake(w, spec), slow_fake(w, spec))
 
 
@@ -117,6 +133,19 @@ def gradients(function, knobs, upstream):
     return {name: leaf.grad for name, leaf in leaves.items()}
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_backward_knows_ranges_that_were_moved_off_zero(bits):
+    spec, shape = TensorSpec(bits=bits, group=16, sym=False), (4, 32)
+    w = gaussian(*shape, seed=bits).abs()
+    codec = codec_of(spec)
+    knobs = {n: torch.full(k.shape, k.neutral) * 0.9 for n, k in codec.knobs(spec, shape).items()}
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(7))
+    ours = gradients(lambda k: codec.tuner(w, spec, {})(k), knobs, upstream)
+    definition = gradients(lambda k: straight_through_fake(w, spec, k), knobs, upstream)
+    for name in knobs:
+        torch.testing.assert_close(ours[name], definition[name], rtol=1e-4, atol=1e-5)
+
+
 def straight_through_fake(w, spec, knobs):
     """The published definition with plain autograd: every rounding passes gradients through."""
 
@@ -131,6 +160,8 @@ def straight_through_fake(w, spec, knobs):
         scale = -torch.where(-low > high, low, high) / middle
         scale, zero = through(scale, scale.half().float()), float(middle)
     else:
+        plain = ((high - low) / top).half().float()
+        low = torch.where((-low / plain).round() < 1, -high / (top - 1), low)
         scale = (high - low) / top
         scale = through(scale, scale.half().float())
         zero = through(-low / scale, (-low / scale).round())

@@ -30,6 +30,7 @@ SMALLEST_SCALE = {
 SEARCH_STEPS = 33
 REFINE_STEPS = 9
 REFITS = 3
+LEAST_ZERO = 1
 GRAM_SWEEPS, GRAM_STEPS, GRAM_REACH = 2, 13, 0.18
 
 
@@ -160,10 +161,22 @@ def _grid(low: Tensor, high: Tensor, spec: TensorSpec) -> Grid:
     if spec.sym:
         extreme = torch.where(-low > high, low, high)
         return Grid(_stored(-extreme / middle(spec), spec), float(middle(spec)))
+    low = _lifted(low, high, spec)
     scale = _stored((high - low) / _top(spec), spec)
     ratio = -low / scale
     zero = ratio + (ratio.round() - ratio).detach()
-    return Grid(scale, zero.clamp(0, _top(spec)))
+    return Grid(scale, zero.clamp(LEAST_ZERO, _top(spec)))
+
+
+def _lifted(low: Tensor, high: Tensor, spec: TensorSpec) -> Tensor:
+    """`low`, moved down to one step below zero in the groups whose zero point would be 0.
+
+    GPTQ checkpoints store the zero point less one, and several readers do not wrap -1 around.
+    """
+    if spec.sym:
+        return low
+    scale = _stored((high - low) / _top(spec), spec)
+    return torch.where((-low / scale).round() < LEAST_ZERO, -high / (_top(spec) - 1), low)
 
 
 def _codes(groups: Tensor, grid: Grid, spec: TensorSpec, offset: Tensor | None) -> Tensor:
@@ -192,6 +205,7 @@ class _Fake(torch.autograd.Function):
     ) -> Tensor:
         lo = low if low_factor is None else low * low_factor
         hi = high if high_factor is None else high * high_factor
+        given, lo = lo, _lifted(lo, hi, spec)
         grid = _grid(lo, hi, spec)
         ratio = groups / grid.scale
         wanted = (ratio if offset is None else ratio + offset).round().add_(grid.zero)
@@ -200,13 +214,13 @@ class _Fake(torch.autograd.Function):
         level = codes.sub_(grid.zero)
         # d out / d scale, where the zero point is held: level - inside * w / scale
         slope = level - ratio.mul_(inside)
-        ctx.save_for_backward(inside, slope, grid.scale, low, high, lo, hi)
+        ctx.save_for_backward(inside, slope, grid.scale, low, high, lo, hi, lo != given)
         ctx.spec, ctx.has = spec, (offset is not None, low_factor is not None, high_factor is not None)
         return level.mul_(grid.scale)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        inside, slope, scale, low, high, lo, hi = ctx.saved_tensors
+        inside, slope, scale, low, high, lo, hi, lifted = ctx.saved_tensors
         (grad,) = upstream
         passed = grad * inside
         d_offset = passed * scale if ctx.has[0] else None
@@ -223,7 +237,8 @@ class _Fake(torch.autograd.Function):
             d_zero = -(grad - passed).sum(1, keepdim=True) * scale
             d_scale = (d_scale + d_zero * lo / scale.square()).masked_fill(floored, 0)
             d_low = -d_scale / _top(ctx.spec) - d_zero / scale
-            d_high = d_scale / _top(ctx.spec)
+            d_high = d_scale / _top(ctx.spec) - d_low * lifted / (_top(ctx.spec) - 1)
+            d_low = d_low * ~lifted
         return None, None, None, d_offset, d_low * low, d_high * high, None
 
 

@@ -4,7 +4,7 @@ servers read."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from auto_round.core.layouts import read_gptq, write_gptq
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import Scheme, TensorSpec
-from auto_round.formats.base import Format, Provenance, indivisible, reject_integer
+from auto_round.formats.base import Format, Provenance, asymmetric_eight_bits, indivisible, reject_integer
 
 BITS = (2, 3, 4, 8)
 
@@ -33,6 +33,10 @@ class AutoGPTQ(Format):
     def keep_float(self, shape: tuple[int, int]) -> str | None:
         """Rows and columns must be multiples of 32."""
         return indivisible(shape)
+
+    def remarks(self, plan: Plan) -> Iterator[str]:
+        """Asymmetric 8 bits have no kernels in servers."""
+        yield from asymmetric_eight_bits(plan)
 
     def write(self, q: Quantized) -> dict[str, Tensor]:
         """qweight, qzeros (one less than the zero point), scales, g_idx (group of each input feature)."""

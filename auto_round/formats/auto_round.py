@@ -6,7 +6,7 @@ other asymmetric ones the GPTQ packing with unshifted zero points.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +17,14 @@ from auto_round.core.layouts import AWQ_BITS, read_awq, read_gptq, write_awq, wr
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import Scheme, TensorSpec
-from auto_round.formats.base import Format, Provenance, format_named, indivisible, reject_integer
+from auto_round.formats.base import (
+    Format,
+    Provenance,
+    asymmetric_eight_bits,
+    format_named,
+    indivisible,
+    reject_integer,
+)
 
 GPTQ_BITS = (2, 3, 4, 8)
 PLAIN, GPTQ, AWQ = "auto_round:gptqmodel", "auto_round:auto_gptq", "auto_round:auto_awq"
@@ -46,6 +53,13 @@ class Packing(Format):
     def keep_float(self, shape: tuple[int, int]) -> str | None:
         """Rows and columns must be multiples of 32."""
         return indivisible(shape)
+
+    def remarks(self, plan: Plan) -> Iterator[str]:
+        """Asymmetric layers that few readers know."""
+        yield from asymmetric_eight_bits(plan)
+        specs = [plan[name].weight for name in plan.quantized()]
+        if self.name == PLAIN and any(spec is not None and not spec.sym for spec in specs):
+            yield "asymmetric layers in this packing are loaded by transformers with auto-round, not by vLLM or SGLang"
 
     def write(self, q: Quantized) -> dict[str, Tensor]:
         """qweight, qzeros, scales."""

@@ -4,7 +4,7 @@ the result in a configuration; it rounds nothing and owns no file."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -65,6 +65,10 @@ class Format(ABC):
     def config(self, plan: Plan, provenance: Provenance) -> dict[str, object] | None:
         """The quantization configuration of a checkpoint of the layers in `plan`, or None for a plain model."""
 
+    def remarks(self, plan: Plan) -> Iterator[str]:
+        """What a user of `plan` in this format should know before the work starts."""
+        yield from ()
+
     def check(self, plan: Plan) -> Plan:
         """`plan` with the layers that this format cannot take left in floating point, each with its reason.
 
@@ -78,7 +82,7 @@ class Format(ABC):
             reason = self.reject(plan[name], plan.shapes[name])
             if reason:
                 raise FormatError(f"{name}: {reason}")
-        return plan
+        return plan.noted(*(remark for remark in self.remarks(plan) if remark not in plan.notes))
 
 
 def indivisible(shape: tuple[int, int]) -> str | None:
@@ -103,6 +107,16 @@ def reject_integer(name: str, scheme: Scheme, bits: tuple[int, ...], remedy: str
     if spec.scale_dtype != "float16":
         return f"{name} stores float16 scales only, got {spec.scale_dtype}. Leave scale_dtype at float16"
     return None
+
+
+def asymmetric_eight_bits(plan: Plan) -> Iterator[str]:
+    """The remark that integer checkpoints with asymmetric 8-bit layers deserve."""
+    specs = [plan[name].weight for name in plan.quantized()]
+    if any(spec is not None and spec.bits == 8 and not spec.sym for spec in specs):
+        yield (
+            "asymmetric 8 bits: transformers loads them, but servers have kernels for symmetric 8 bits only; "
+            "leave --asym out, or wait for the llm_compressor format"
+        )
 
 
 def meta_quantized(spec: TensorSpec, shape: tuple[int, int]) -> Quantized:

@@ -172,9 +172,8 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         """config.json: that of the model, with what the written tensors are."""
         config = dict(self.subject.files.config)
         if self.format.dtype:
-            config["dtype"] = self.format.dtype
-            if "torch_dtype" in config:
-                config["torch_dtype"] = self.format.dtype
+            # Readers before transformers 4.56 know the older of the two names only.
+            config["dtype"] = config["torch_dtype"] = self.format.dtype
         if any(self.subject.unties(layer) for layer in self.plan.quantized()):
             config["tie_word_embeddings"] = False
         described = self.format.config(self.written_plan(), self.provenance)

@@ -1,0 +1,191 @@
+"""Load quantized folders with one consumer, in that consumer's environment, and save the logits it gives.
+
+    python logits.py HOW JOBS.json
+
+HOW is a name of HOW below; JOBS is {"tokens": file.npy, "jobs": [{"folder", "out", "override"}, ...]}. Each
+job leaves OUT.json, with the status and, when refused, the consumer's own words; and OUT.npy, float32 (rows,
+tokens, vocabulary). Where auto_round does not compute in float32 of its own accord, OUT.npy is from its
+modules cast to float32 and OUT.native.npy is what it gives by itself.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+# Logits, logits in the consumer's own type where that is not float32, what the consumer says about itself.
+Answer = tuple[np.ndarray, np.ndarray | None, dict]
+
+
+def _forward(model, tokens: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.inference_mode():
+        return model(torch.from_numpy(tokens).to(model.device)).logits.float().numpy()
+
+
+def _describe(model) -> dict:
+    """The type the model computes in, and how many of each linear class it holds."""
+    kinds = Counter(f"{type(m).__module__.split('.')[0]}.{type(m).__name__}" for m in model.modules())
+    linears = {kind: count for kind, count in kinds.items() if "inear" in kind}
+    return {"dtype": str(model.dtype).removeprefix("torch."), "linears": linears}
+
+
+def _load_stock(folder: str, *, override: bool):
+    """`from_pretrained` of stock transformers; `override` asks auto_round to read a GPTQ or AWQ folder."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    options = {}
+    if override:
+        from transformers import AutoRoundConfig
+
+        options["quantization_config"] = AutoRoundConfig()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def auto_round(job: dict, tokens: np.ndarray) -> Answer:
+    """Whatever package called auto_round is installed here, through stock transformers, float32 asked for."""
+    import torch
+
+    model = _load_stock(job["folder"], override=job["override"])
+    about, native = _describe(model), None
+    if about["dtype"] != "float32":
+        native = _forward(model, tokens)
+        # A quantized model refuses `.float()`; the method of its base class casts scales and norms. The rotary
+        # frequencies are made anew: they lost their digits in the 16-bit type and are no part of the checkpoint.
+        model = torch.nn.Module.float(model)
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    return _forward(model, tokens), native, about
+
+
+def plain(job: dict, tokens: np.ndarray) -> Answer:
+    """An unquantized folder with stock transformers in float32: the reference."""
+    model = _load_stock(job["folder"], override=False)
+    return _forward(model, tokens), None, _describe(model)
+
+
+def gptqmodel(job: dict, tokens: np.ndarray) -> Answer:
+    """Stock transformers, whose GPTQ and AWQ quantizers call gptqmodel."""
+    model = _load_stock(job["folder"], override=False)
+    return _forward(model, tokens), None, _describe(model)
+
+
+def gptqmodel_own(job: dict, tokens: np.ndarray) -> Answer:
+    """gptqmodel's own loader, which knows the `dynamic` entry of mixed widths that optimum ignores."""
+    from gptqmodel import BACKEND, GPTQModel
+
+    loaded = GPTQModel.load(job["folder"], device="cpu", backend=BACKEND.TORCH)
+    return _forward(loaded.model.float().eval(), tokens), None, _describe(loaded.model)
+
+
+def autoawq(job: dict, tokens: np.ndarray) -> Answer:
+    """AutoAWQ's own loader and its plain torch kernel, which computes in float16."""
+    import awq.models.base
+    import torch
+
+    # On a CPU AutoAWQ takes the kernels of intel_extension_for_pytorch, which stopped at torch 2.8. Any other
+    # device name makes it keep its own layers, whose torch path runs anywhere.
+    awq.models.base.get_best_device = lambda: "none"
+    loaded = awq.AutoAWQForCausalLM.from_quantized(
+        job["folder"], fuse_layers=False, device_map={"": "cpu"}, torch_dtype=torch.float16
+    )
+    return _forward(loaded.model.eval(), tokens), None, _describe(loaded.model)
+
+
+def vllm(job: dict, tokens: np.ndarray) -> Answer:
+    """vLLM's log-probabilities of the prompt; the last position has none and repeats the one before.
+
+    Float32 is refused for quantized models on a CPU, so this is float16 arithmetic.
+    """
+    from vllm import LLM, SamplingParams
+
+    rows, length = tokens.shape
+    llm = LLM(job["folder"], dtype="float16", max_model_len=length + 8, max_logprobs=-1, enforce_eager=True)
+    sampling = SamplingParams(max_tokens=1, prompt_logprobs=-1, detokenize=False, flat_logprobs=True)
+    answers = llm.generate([{"prompt_token_ids": row.tolist()} for row in tokens], sampling, use_tqdm=False)
+    said = np.full((rows, length, llm.llm_engine.model_config.get_vocab_size()), np.nan, dtype=np.float32)
+    for row, answer in zip(said, answers):
+        flat = answer.prompt_logprobs
+        # Entry i is about token i, so it is what the model says at position i - 1; entry 0 is empty.
+        for i in range(1, length):
+            entry = slice(flat.start_indices[i], flat.end_indices[i])
+            row[i - 1, flat.token_ids[entry]] = flat.logprobs[entry]
+        row[-1] = row[-2]
+    return said, None, {"dtype": "float16"}
+
+
+def ort(job: dict, tokens: np.ndarray) -> Answer:
+    """onnxruntime-genai's model builder, int4 weights and float32 arithmetic, then ONNX Runtime on a CPU."""
+    out = Path(job["out"] + "-onnx")
+    try:
+        _build_onnx(job["folder"], out)
+        return _run_onnx(job["folder"], out / "model.onnx", tokens), None, {"dtype": "float32"}
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def _build_onnx(folder: str, out: Path) -> None:
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", folder, "-o", str(out)]
+    command += ["-p", "int4", "-e", "cpu", "-c", str(out / "cache"), "--extra_options"]
+    # The builder would round the float lm_head and embedding to 4 bits too.
+    command += ["accuracy_level=1", "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather"]
+    built = subprocess.run(command, capture_output=True, text=True)
+    if built.returncode:
+        raise RuntimeError(built.stderr.strip().splitlines()[-1])
+
+
+def _run_onnx(folder: str, model: Path, tokens: np.ndarray) -> np.ndarray:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    config = json.loads((Path(folder) / "config.json").read_text())
+    empty = np.zeros((len(tokens), config["num_key_value_heads"], 0, config["head_dim"]), dtype=np.float32)
+    feeds = {entry.name: empty for entry in session.get_inputs() if entry.name.startswith("past_key_values")}
+    feeds |= {"input_ids": tokens.astype(np.int64), "attention_mask": np.ones(tokens.shape, dtype=np.int64)}
+    return session.run(["logits"], feeds)[0].astype(np.float32)
+
+
+HOW = {f.__name__: f for f in (auto_round, plain, gptqmodel, gptqmodel_own, autoawq, vllm, ort)}
+
+
+def _words(error: BaseException) -> str:
+    """The consumer's message, shortened to what a table can hold."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+
+
+def run_job(how: str, job: dict, tokens: np.ndarray) -> dict:
+    """Do one job and say how it went; a refusal is a result, not a failure of this script."""
+    start = time.perf_counter()
+    try:
+        logits, native, about = HOW[how](job, tokens)
+    except (Exception, SystemExit) as error:  # consumers raise anything, and some leave with exit(-1)
+        return {"status": "refused", "words": _words(error)}
+    np.save(job["out"] + ".npy", logits.astype(np.float32))
+    if native is not None:
+        np.save(job["out"] + ".native.npy", native.astype(np.float32))
+    return {"status": "loaded", "seconds": round(time.perf_counter() - start, 2)} | about
+
+
+def main() -> None:
+    """Run every job of the file named on the command line, one thread."""
+    how, work = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
+    if how not in ("ort",):
+        import torch
+
+        torch.set_num_threads(1)
+    tokens = np.load(work["tokens"])
+    for job in work["jobs"]:
+        result = run_job(how, job, tokens)
+        Path(job["out"] + ".json").write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

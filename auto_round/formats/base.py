@@ -129,6 +129,15 @@ def meta_quantized(spec: TensorSpec, shape: tuple[int, int]) -> Quantized:
 PLANNED = ("llm_compressor", "auto_round:llm_compressor", "mlx", "auto_round:mlx", "fp8", "auto_round:fp8")
 
 
+ALIASES = {
+    "gptqmodel": "auto_gptq",
+    "gptq": "auto_gptq",
+    "awq": "auto_awq",
+    "auto_round:gptq": "auto_round:auto_gptq",
+}
+"""Other names of formats."""
+
+
 def formats() -> dict[str, Format]:
     """All formats by name."""
     return discover("auto_round.formats")
@@ -138,6 +147,7 @@ def format_named(name: str) -> Format:
     """The format called `name`. Raises FormatError with the nearest known name."""
     known = formats()
     key = name.strip().casefold()
+    key = ALIASES.get(key, key)
     if key in known:
         return known[key]
     if key in PLANNED or key.startswith("gguf"):

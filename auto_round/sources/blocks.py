@@ -72,6 +72,7 @@ class LiveBlock(Block):
         hooks = [self._gather(name) for name in self._layers] if statistics else []
         self._targets = torch.empty_like(self._chain.plain)
         for rows in self.batches():
+            self._rows = rows
             self._targets[rows] = self._forward(self._chain.plain, rows, None).cpu()
         for hook in hooks:
             hook.remove()
@@ -83,7 +84,10 @@ class LiveBlock(Block):
         self._importance[layer] = total
 
         def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach().float().flatten(0, -2)
+            x = args[0].detach().float()
+            valid = self.valid(self._rows)
+            # Padding must not count; a layer whose input has lost the (B, T) shape gets all of it.
+            x = x[valid] if valid is not None and x.shape[:2] == valid.shape else x.flatten(0, -2)
             with torch.autocast(x.device.type, enabled=False):
                 total.addmm_(x.t(), x) if whole else total.add_(x.square().sum(0))
 
@@ -170,13 +174,15 @@ class OutsideBlock(Block):
             execution,
             inputs,
         )
-        weight = module.get_parameter("weight").detach()
+        weight = module.get_parameter("weight").detach().to(execution.device)
         self.weights = {layer.name: weight.t() if layer.transposed else weight}
         self.samples = 0 if inputs is None else inputs.plain.shape[0]
 
     def importance(self, layer: str) -> Tensor | None:
         """Sum of squares of each input channel over all samples."""
-        return None if self._inputs is None else self._inputs.plain.flatten(0, -2).square().sum(0)
+        if self._inputs is None:
+            return None
+        return self._inputs.plain.flatten(0, -2).square().sum(0).to(self._execution.device)
 
     def target(self, rows: Sequence[int]) -> Tensor:
         """Output of the original layer."""

@@ -170,6 +170,8 @@ class AutoRound:
                 tokenizer=self._tokenizer,
                 trust_remote_code=self.options.trust_remote_code,
                 blocks=self.options.to_quant_block_names,
+                named=parse_layer_config(self.options.layer_config),
+                head=self.options.quant_lm_head,
             )
         return self._subject
 
@@ -272,12 +274,19 @@ class AutoRound:
         request = Request(nsamples=self.numbers.nsamples, seqlen=self._seqlen(), seed=self.options.seed)
         dataset = DEFAULT_DATASET if self.options.dataset is None else self.options.dataset
         try:
-            return load_calibration(dataset, self.tokenizer, request)
+            data = load_calibration(dataset, self.tokenizer, request)
         except DataError as error:
             if required or self.options.dataset is not None:
                 raise
             logger.warning("optimised RTN goes by weights alone: %s", error)
             return None
+        rows = self._live_model().get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        if int(data.tokens.max()) >= rows:
+            raise DataError(
+                f"dataset: token id {int(data.tokens.max())} is outside the model's vocabulary of {rows}; "
+                "is the tokenizer the model's own?"
+            )
+        return data
 
     def _seqlen(self) -> int:
         """The wanted length, or what the model can take."""

@@ -117,11 +117,14 @@ class Options:
         def said(value: Any, otherwise: Any) -> Any:
             return otherwise if value is None else value
 
-        disable = said(self.disable_opt_rtn, base.disable_opt_rtn)
+        # model_free means plain rounding unless something else is asked for.
+        disable = said(self.disable_opt_rtn, base.disable_opt_rtn or self.model_free)
         if self.algorithm == "rtn" and self.enable_opt_rtn is None:
             disable = said(self.disable_opt_rtn, True)
         return Recipe(
-            iters=0 if self.algorithm in ("rtn", "opt_rtn") else said(self.iters, base.iters),
+            iters=0
+            if self.algorithm in ("rtn", "opt_rtn")
+            else said(self.iters, 0 if self.model_free else base.iters),
             nsamples=said(self.nsamples, base.nsamples),
             seqlen=said(self.seqlen, base.seqlen),
             batch_size=said(self.batch_size, base.batch_size),

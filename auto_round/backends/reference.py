@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from auto_round.backends.base import Backend, Kernel, Site
 from auto_round.codecs.base import codec_of
 from auto_round.core.errors import AutoRoundError, FormatError
-from auto_round.formats.base import meta_quantized
+from auto_round.formats.base import planned_tensors
 
 
 class QuantLinear(Kernel):
@@ -23,8 +23,8 @@ class QuantLinear(Kernel):
         super().__init__()
         self.backend, self.site = "torch", site
         self.in_features, self.out_features = site.shape[1], site.shape[0]
-        for suffix, tensor in site.format.write(meta_quantized(site.spec, site.shape)).items():
-            self.register_buffer(suffix, tensor)
+        for suffix, tensor in planned_tensors(site.format, site.spec, site.shape).items():
+            self.register_buffer(suffix, torch.empty_like(tensor))
         self._packed = tuple(name for name, _ in self.named_buffers())
         bias = None if site.bias is None else torch.empty(site.shape[0], dtype=site.bias, device="meta")
         self.bias: Tensor | None
@@ -92,9 +92,13 @@ class Reference(Backend):
                 raise FormatError(f"{module.site.name}.{name} is missing from the checkpoint")
         module.cache = cache
         try:
-            module.weight_in(module.site.dtype)
+            weight = module.weight_in(module.site.dtype)
         except AutoRoundError as error:
             raise FormatError(f"{module.site.name}: {error}") from error
+        if weight.device.type != "meta" and not bool(torch.isfinite(weight).all()):
+            raise FormatError(
+                f"{module.site.name}: scales that are NaN or Inf; copy or download the checkpoint again"
+            )
 
 
 ENTRIES = (Reference(),)

@@ -23,6 +23,7 @@ def show(what: str, console: Console) -> None:
         "backend": _backends,
         "alg": _algorithms,
         "algorithm": _algorithms,
+        "recipe": _algorithms,
     }
     if key not in tables:
         raise PlanError(

@@ -13,14 +13,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from auto_round.cli.arguments import Later, Machine, Output, SchemeFlags, Tuning, normalized, to_options
-from auto_round.core.errors import (
-    AutoRoundError,
-    DataError,
-    ModelError,
-    NotYetError,
-    PlanError,
-    VerificationError,
-)
+from auto_round.core.errors import AutoRoundError, FormatError, NotYetError, PlanError, SchemeError
 from auto_round.version import __version__
 
 USAGE, FAILURE = 2, 1
@@ -38,6 +31,7 @@ def build(recipe: str) -> cyclopts.App:
         version=__version__,
         version_flags=["--version"],
         help_flags=["--help", "-h"],
+        suppress_keyboard_interrupt=False,
     )
 
     @app.command(name="list")
@@ -94,11 +88,11 @@ def execute(recipe: str, argv: list[str]) -> int:
         console.print(f"error: {error}", style="red", markup=False)
         return USAGE
     except (AutoRoundError, TypeError) as error:
-        failure = isinstance(error, (ModelError, DataError, VerificationError))
         if isinstance(error, TypeError) and "AutoRound()" not in str(error):
             raise
         console.print(f"error: {error}", style="red", markup=False)
-        return FAILURE if failure and not isinstance(error, (PlanError, NotYetError)) else USAGE
+        usage = (SchemeError, PlanError, FormatError, NotYetError, TypeError)
+        return USAGE if isinstance(error, usage) else FAILURE
     except KeyboardInterrupt:
         console.print("interrupted: nothing was written", style="red")
         return FAILURE

@@ -21,6 +21,10 @@ class ModelError(AutoRoundError, ValueError):
     """A model that is missing, incomplete, damaged, or of a kind that cannot be worked on."""
 
 
+class OutputError(AutoRoundError, RuntimeError):
+    """An output folder that cannot be written or has no room left."""
+
+
 class DataError(AutoRoundError, ValueError):
     """Calibration data that cannot be found, read or used."""
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -124,6 +125,12 @@ def meta_quantized(spec: TensorSpec, shape: tuple[int, int]) -> Quantized:
     from auto_round.codecs.base import codec_of
 
     return codec_of(spec).quantize(torch.empty(shape, device="meta"), spec)
+
+
+@cache
+def planned_tensors(fmt: Format, spec: TensorSpec, shape: tuple[int, int]) -> Mapping[str, Tensor]:
+    """What `write` makes of a layer of `shape`, on the meta device. Models have few distinct shapes: done once each."""
+    return fmt.write(meta_quantized(spec, shape))
 
 
 PLANNED = ("llm_compressor", "auto_round:llm_compressor", "mlx", "auto_round:mlx", "fp8", "auto_round:fp8")

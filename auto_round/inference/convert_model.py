@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from auto_round.backends.base import Kernel, Site, backends, choose
-from auto_round.core.errors import FormatError
+from auto_round.core.errors import FormatError, SchemeError
 from auto_round.core.scheme import Scheme
 from auto_round.core.settings import settings
 from auto_round.formats.base import Format, format_named
@@ -68,6 +68,9 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         old = model.get_submodule(name)
         if spec is None:
             continue
+        reason = fmt.reject(scheme, shape_of(old))
+        if reason:
+            raise FormatError(f"{name}: {reason}")
         bias = old._parameters.get("bias")
         site = Site(
             name=name,
@@ -80,7 +83,14 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         )
         backend = choose(site, "auto" if wanted in ("auto", "None") else wanted)
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, backend.build(site))
+        owner = model.get_submodule(parent)
+        try:
+            setattr(owner, last, backend.build(site))
+        except SchemeError as error:
+            raise FormatError(f"{name}: {error}") from error
+        # transformers 5 initializes some layers through their parents: GPT2Attention fills c_proj.weight, now gone.
+        if parent:
+            owner._is_hf_initialized = True  # type: ignore[assignment]
         used[backend.name] += 1
     if not used:
         raise FormatError(
@@ -99,8 +109,22 @@ def post_init(model: nn.Module, used_backends: list[str]) -> None:
     logger.info(
         "dequantized weights take %.1f GB: %s", needed / 1e9, "kept" if cache else "made anew at each call"
     )
+    _check_complete(ours)
     for module in ours:
         backends()[module.backend].finish(module, cache=cache)
+
+
+def _check_complete(ours: Iterable[Kernel]) -> None:
+    """Raise FormatError for a tensor that the files lack: transformers leaves whatever the memory held in its place."""
+    # transformers >= 5 marks what it loaded; older versions mark nothing and leave the rest on the meta device.
+    loaded = {
+        f"{m.site.name}.{n}": getattr(t, "_is_hf_initialized", False)
+        for m in ours
+        for n, t in m.named_buffers()
+    }
+    for name, marked in loaded.items():
+        if not marked and any(loaded.values()):
+            raise FormatError(f"{name} is missing from the checkpoint; copy or download it again")
 
 
 def _as_dict(config: Any) -> dict[str, Any]:
@@ -131,7 +155,17 @@ def _schemes(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Scheme]:
         flat["sym"] = not config["zero_point"]
     base = Scheme.from_flat(flat)
     extra: dict[str, Any] = config.get("extra_config") or {}
+    if not isinstance(extra, Mapping):
+        raise FormatError(f"extra_config must map layers to settings, got {extra!r}")
+    for key, value in extra.items():
+        if not isinstance(value, Mapping):
+            raise FormatError(f"extra_config {key!r}: expected settings such as {{'bits': 8}}, got {value!r}")
     patterns = {key: value for key, value in extra.items() if re.search(r"[*+?^$|\\]", key)}
+    for key in patterns:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise FormatError(f"extra_config key {key!r} is no valid regular expression: {error}") from error
     prefixes = _prefixes(model, config)
     found = {}
     for name, module in model.named_modules():
@@ -143,8 +177,11 @@ def _schemes(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Scheme]:
             continue
         if _left_alone(name, inside, config):
             continue
-        scheme = Scheme.from_flat(_weight_part(settings_of_layer or {}), base)
-        found[name] = _dynamic(name, scheme, config.get("dynamic") or {})
+        try:
+            scheme = Scheme.from_flat(_weight_part(settings_of_layer or {}), base)
+            found[name] = _dynamic(name, scheme, config.get("dynamic") or {})
+        except SchemeError as error:
+            raise FormatError(f"{name}: {error}") from error
     return found
 
 

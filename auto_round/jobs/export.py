@@ -17,11 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
-from auto_round.core.errors import FormatError, VerificationError
+from auto_round.core.errors import FormatError, OutputError, VerificationError
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import TensorSpec
-from auto_round.formats.base import Format, Provenance, meta_quantized
+from auto_round.formats.base import Format, Provenance, planned_tensors
 from auto_round.models.checkpoint import Checkpoint, ShardWriter, TensorInfo, raw_bytes
 from auto_round.models.subject import Subject
 
@@ -80,7 +80,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             dtype = infos[source].dtype if source in infos else None
             if infos.pop(source, None) is not None:
                 self.account.replaced.append(source)
-            for suffix, tensor in self.format.write(meta_quantized(spec, self.plan.shapes[layer])).items():
+            for suffix, tensor in planned_tensors(self.format, spec, self.plan.shapes[layer]).items():
                 name = f"{prefix}.{suffix}"
                 tensor = self._as_stored(layer, suffix, tensor)
                 infos[name] = TensorInfo(
@@ -107,14 +107,14 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             self._staging.mkdir(parents=True)
             free = shutil.disk_usage(self.folder).free
             if free < self.nbytes:
-                raise FormatError(
+                raise OutputError(
                     f"output folder {self.folder}: needs {self.nbytes:,} bytes, {free:,} are free"
                 )
             self._shards.__enter__()
         except OSError as error:
             self._remove()
-            raise FormatError(f"output folder {self.folder} cannot be written: {error}") from error
-        except FormatError:
+            raise OutputError(f"output folder {self.folder} cannot be written: {error}") from error
+        except OutputError:
             self._remove()
             raise
         return self
@@ -129,7 +129,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             try:
                 self._shards.put(full, tensor)
             except OSError as error:
-                raise FormatError(f"output folder {self.folder} cannot be written: {error}") from error
+                raise OutputError(f"output folder {self.folder} cannot be written: {error}") from error
             hashes[full] = digest({full: tensor})
         self._written[name] = hashes
         self._digests[name] = (q.spec, q.shape, digest(q.tensors()))
@@ -149,7 +149,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
                     self._verify()
                     self._publish()
             except OSError as failure:
-                raise FormatError(f"output folder {self.folder} cannot be written: {failure}") from failure
+                raise OutputError(f"output folder {self.folder} cannot be written: {failure}") from failure
 
     def _remove(self) -> None:
         shutil.rmtree(self._staging, ignore_errors=True)

@@ -188,7 +188,8 @@ class Calls:
         if samples is not None:
             every = [leaves((call.args, call.kwargs)) for call in samples]
             self._per_sample = [
-                [row[i] for row in every] if batched else [] for i, batched in enumerate(self._batched)
+                [row[i][: len(self._shared[i])] for row in every] if batched else []
+                for i, batched in enumerate(self._batched)
             ]
         elif any(varying):
             raise ModelError("the blocks' arguments depend on the sample; every sample's call is needed")

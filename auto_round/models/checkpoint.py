@@ -123,8 +123,7 @@ def has_safetensors(folder: Path) -> bool:
 
 def _shard_names(folder: Path) -> list[str]:
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text())
-        names = sorted(set(index.get("weight_map", {}).values()))
+        names = _indexed(folder / INDEX)
         for name in names:
             if Path(name).name != name:
                 raise ModelError(f"{folder / INDEX}: shard name {name!r} points outside the folder")
@@ -135,6 +134,17 @@ def _shard_names(folder: Path) -> list[str]:
     if not names:
         raise ModelError(f"{folder}: no safetensors weights found")
     return names
+
+
+def _indexed(path: Path) -> list[str]:
+    """The files that the index `path` names. Raises ModelError when it names none."""
+    try:
+        shards = set(json.loads(path.read_text())["weight_map"].values())
+        if not shards or not all(isinstance(shard, str) for shard in shards):
+            raise ValueError(f"it names {sorted(map(str, shards))}")
+        return sorted(shards)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: no usable weight_map ({error}); download it again") from error
 
 
 def _open_shard(path: Path) -> Any:
@@ -232,11 +242,16 @@ class ShardWriter:
         return sum(shard.size for shard in self.shards)
 
     def __enter__(self) -> ShardWriter:
-        for shard in self.shards:
-            file = self._files[shard.file] = (self.folder / shard.file).open("wb")
-            if hasattr(os, "posix_fallocate") and shard.size:
-                os.posix_fallocate(file.fileno(), 0, shard.size)  # a full disk shows now, not after hours
-            file.write(shard.header)
+        try:
+            for shard in self.shards:
+                file = self._files[shard.file] = (self.folder / shard.file).open("wb")
+                if hasattr(os, "posix_fallocate") and shard.size:
+                    os.posix_fallocate(file.fileno(), 0, shard.size)  # a full disk shows now, not after hours
+                file.write(shard.header)
+        except OSError:
+            for opened in self._files.values():
+                opened.close()
+            raise
         return self
 
     def put(self, name: str, tensor: Tensor) -> None:

@@ -98,6 +98,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text())
     except json.JSONDecodeError as error:
         raise ModelError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder / 'config.json'} holds no settings but {config!r:.40}")
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise ModelError(f"{folder} is quantized already (quant_method {method!r}); give the original model")
@@ -142,9 +144,17 @@ def load_model(
     if has_safetensors(folder):
         Checkpoint(folder)  # a damaged shard is named here, with its remedy
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ModelError(f"{folder}: transformers cannot load this model: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would go on with random numbers
+        raise ModelError(
+            f"{folder}: {missing[0]} is missing from the checkpoint ({len(missing)} such tensors). "
+            "Download it again, or mend config.json if it describes another model"
+        )
     return model.eval()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,22 +48,31 @@ def open_subject(
     tokenizer: Any,
     trust_remote_code: bool,
     blocks: Any,
+    named: Collection[str] = (),
+    head: bool = False,
 ) -> Subject:
     """Find layers and files of a model folder, or of a live model when there is no folder.
 
     With a folder of safetensors the module tree is built without weights; `load_live` is called only when the weights
-    are in another form. blocks: narrows the anatomy (`to_quant_block_names`).
+    are in another form. blocks: narrows the anatomy (`to_quant_block_names`). named, head: layers outside the blocks
+    that may be quantized too.
     """
     files, tree = _files_and_tree(folder, model, load_live, tokenizer, trust_remote_code)
     body = anatomy(tree).narrowed(blocks)
-    tensors = [layer.tensor for layer in body.layers.values() if layer.name != body.head or not body.tied]
+    own = [layer for layer in body.layers.values() if layer.name != body.head or not body.tied]
+    wanted = {*named, *([body.head] if head else [])}
     prefix = str(tree.base_model_prefix)
-    names = names_match(tensors, files.store.infos, prefix)
-    if names is None:
+    needed = [layer.tensor for layer in own if layer.block is not None or layer.name in wanted]
+    names = names_match(needed, files.store.infos, prefix)
+    # transformers 5 renames some heads while loading (embed_out of GPT-NeoX); one that stays float needs no name.
+    if names is not None:
+        for layer in own:
+            names.update(names_match([layer.tensor], files.store.infos, prefix) or {})
+    else:
         # transformers renames tensors of some architectures while loading; the live names are always consistent.
         logger.info("tensor names of the checkpoint differ from the model's; writing the model's own names")
         files = replace(files, store=StateDict(load_live().state_dict()))
-        names = {tensor: tensor for tensor in tensors}
+        names = {layer.tensor: layer.tensor for layer in own}
     if body.tied and body.head is not None:
         names[body.layers[body.head].tensor] = _embedding_tensor(tree, files, prefix)
     return Subject(anatomy=body, files=files, names=names)

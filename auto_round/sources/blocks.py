@@ -166,14 +166,16 @@ class LiveBlock(Block):
 class OutsideBlock(Block):
     """One layer after the blocks, lm_head for instance. Its target is computed when asked for: it is large."""
 
-    def __init__(self, layer: Layer, module: nn.Module, execution: Execution, inputs: Chain | None) -> None:
-        self.name, self._layer, self._module, self._execution, self._inputs = (
-            layer.name,
-            layer,
-            module,
-            execution,
-            inputs,
-        )
+    def __init__(
+        self,
+        layer: Layer,
+        module: nn.Module,
+        execution: Execution,
+        inputs: Chain | None,
+        valid: Tensor | None = None,
+    ) -> None:
+        self.name, self._layer, self._module, self._execution = layer.name, layer, module, execution
+        self._inputs, self._valid = inputs, valid
         weight = module.get_parameter("weight").detach().to(execution.device)
         self.weights = {layer.name: weight.t() if layer.transposed else weight}
         self.samples = 0 if inputs is None else inputs.plain.shape[0]
@@ -182,7 +184,12 @@ class OutsideBlock(Block):
         """Sum of squares of each input channel over all samples."""
         if self._inputs is None:
             return None
-        return self._inputs.plain.flatten(0, -2).square().sum(0).to(self._execution.device)
+        x = self._inputs.plain.flatten(0, -2) if self._valid is None else self._inputs.plain[self._valid]
+        return x.square().sum(0).to(self._execution.device)
+
+    def valid(self, rows: Sequence[int]) -> Tensor | None:
+        """Tokens that are no padding."""
+        return None if self._valid is None else self._valid[list(rows)].to(self._execution.device)
 
     def target(self, rows: Sequence[int]) -> Tensor:
         """Output of the original layer."""
@@ -242,7 +249,8 @@ class LiveSource(Source):
                 yield self._block(name, module, chain, calls[index] if calls else None)
         for layer in outside:
             inputs = None if chain is None or recorder is None else self._inputs_of(layer, recorder, chain)
-            yield OutsideBlock(layer, self.model.get_submodule(layer.name), self.execution, inputs)
+            valid = None if self.data is None or inputs is None else self.data.valid
+            yield OutsideBlock(layer, self.model.get_submodule(layer.name), self.execution, inputs, valid)
 
     def done(self, block: Block, replaced: Mapping[str, Tensor]) -> None:
         """Propagate both chains and put the weights into the model."""
@@ -266,15 +274,17 @@ class LiveSource(Source):
     def _capture(self, recorder: Recorder) -> tuple[Chain, list[Calls]]:
         assert self.data is not None, "capture needs data"
         tokens, mask = self.data.tokens, self.data.attention_mask
-        pair = [0, min(1, len(tokens) - 1)]
+        # transformers passes no mask for a sample without padding. Next to a padded one, every sample gets one.
+        padded = [] if mask is None else [int((mask == 0).any(1).nonzero()[0])]
+        pair = padded * 2 or [0, min(1, len(tokens) - 1)]
         one, other = (self._record(recorder, [row]) for row in pair)
         both = self._record(recorder, pair)
         every = mask is not None or varies(one, other)
         hidden: list[Tensor] = []
         own: list[tuple[Call, ...]] = []
         for row in range(len(tokens)):
-            seen = self._record(recorder, [row])
-            hidden.append(seen.hidden.float())
+            seen = self._record(recorder, [row, *padded])
+            hidden.append(seen.hidden[:1].float())
             if every:
                 own.append(seen.calls)
         plain = torch.cat(hidden)

@@ -182,8 +182,9 @@ class SignRound(Step):
             return loss_on(block, rows, _fakes(tuners, trainables), self.batch_size)
 
     def _generator(self, block: Block) -> torch.Generator:
-        # The block's name goes into the seed, so that a resumed run draws the same samples.
-        return torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(block.name.encode()))
+        # The block's name goes into the seed, so that a resumed run draws the same samples. One 32-bit number of both:
+        # torch ignores the upper half of a seed on the CPU.
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {block.name}".encode()))
 
 
 def _split_samples(count: int) -> tuple[list[int], list[int]]:

@@ -2,7 +2,7 @@
 """Quantize the embedded model several ways, load every result with stock transformers, and compare.
 
 This is what `make demo` runs. The model and its texts are in examples/novelist-8m, so nothing is downloaded.
-Results go to ./demo_output, which is made anew each time.
+Results go to ./demo_output/novelist-8m, which is made anew each time.
 """
 
 import json
@@ -31,10 +31,10 @@ from auto_round.cli.progress import Show
 from auto_round.jobs.compare import Comparison, compare, weight_bytes
 
 MODEL = Path(__file__).parent / "novelist-8m"
-OUT = Path("demo_output")
+OUT = Path("demo_output/novelist-8m")
 PROMPT = "The old lady put down her letter, looked out of the window at the rain, and said"
 # Small numbers for a quick look. The defaults, 200 x 8 x 2048 tokens from 128 samples, are more accurate.
-TUNING = {"iters": 50, "batch_size": 4, "nsamples": 64, "seqlen": 256}
+TUNING = {"iters": 100, "batch_size": 4, "nsamples": 64, "seqlen": 256}
 JOBS = {
     "rtn W4": {"scheme": "W4A16", "iters": 0, "disable_opt_rtn": True},
     "opt_rtn W4": {**TUNING, "scheme": "W4A16", "iters": 0},
@@ -97,14 +97,14 @@ def measure(original: PreTrainedModel, name: str, folder: Path, seconds: float) 
     lines = (MODEL / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     model = load(folder)
-    comparison = compare(original, model, tokenizer, texts, seqlen=256, max_windows=16)
+    comparison = compare(original, model, tokenizer, texts, seqlen=256, max_windows=32)
     return Result(name, folder, seconds, comparison, continued(model, tokenizer))
 
 
 def table(results: list[Result]) -> Table:
     """All results, one a row."""
     found = Table(title="Distance from the original on held-out text of its own making", title_justify="left")
-    found.caption = "KL in nats per token; top-1: how often both models find the same next token likeliest"
+    found.caption = "KL in nats per token; top-1: same next token"
     found.add_column("model", no_wrap=True)
     for column in ("seconds", "MB", "KL", "top-1", "perplexity"):
         found.add_column(column, justify="right")

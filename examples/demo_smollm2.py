@@ -116,7 +116,7 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
 def table(rows: list[tuple[str, Path, float, Comparison]]) -> Table:
     """All results, one a row."""
     found = Table(title="Distance from the original on held-out chats of its own", title_justify="left")
-    found.caption = "KL in nats per token; top-1: how often both models find the same next token likeliest"
+    found.caption = "KL in nats per token; top-1: same next token"
     found.add_column("model", no_wrap=True)
     for column in ("seconds", "MB", "KL", "top-1", "perplexity"):
         found.add_column(column, justify="right")

@@ -198,14 +198,13 @@ def table(path: Path) -> str:
     )
     for key in order:
         rows = groups[key]
-        mean = {
-            n: statistics.mean(r[n] for r in rows)
-            for n in ("kl", "top1", "perplexity", "cpu_seconds", "peak_gb")
-        }
+        mean = {n: statistics.mean(r[n] for r in rows) for n in ("kl", "top1", "perplexity", "cpu_seconds")}
+        peaks = [row["peak_gb"] for row in rows if "peak_gb" in row]
+        peak = f"{statistics.mean(peaks):.2f}" if peaks else "-"
         low, high = min(r["kl"] for r in rows), max(r["kl"] for r in rows)
         lines.append(
             f"| {' | '.join(key)} | {len(rows)} | {mean['kl']:.5f} | {low:.5f} .. {high:.5f} | {mean['top1']:.4f} | "
-            f"{mean['perplexity']:.3f} | {mean['cpu_seconds']:.0f} | {mean['peak_gb']:.2f} |"
+            f"{mean['perplexity']:.3f} | {mean['cpu_seconds']:.0f} | {peak} |"
         )
     return "\n".join(lines)
 

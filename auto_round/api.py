@@ -84,8 +84,13 @@ class AutoRound:
         self._kept = kept
         return model, plan.flat()
 
-    def save_quantized(self, output_dir: str | Path, format: str | None = None, **_: Any) -> nn.Module:
-        """Write what `quantize` made. Raises PlanError when nothing has been quantized yet."""
+    def save_quantized(
+        self, output_dir: str | Path, format: str | None = None, *, inplace: bool = True
+    ) -> nn.Module:
+        """Write what `quantize` made; the model is not changed, whatever `inplace` says.
+
+        Raises PlanError when nothing has been quantized yet.
+        """
         if self._kept is None or self.plan is None:
             raise PlanError(
                 "save_quantized: nothing is quantized yet; call quantize() first, or quantize_and_save()"
@@ -105,11 +110,12 @@ class AutoRound:
         return self._live_model()
 
     def quantize_and_save(
-        self, output_dir: str | Path = "tmp_autoround", format: str | None = None, **_: Any
+        self, output_dir: str | Path = "tmp_autoround", format: str | None = None, *, inplace: bool = True
     ) -> tuple[nn.Module | None, str | list[str]]:
         """Quantize and write, layer by layer. Returns (model, folder), or (model, folders) for several formats.
 
-        The model is None when the checkpoint was streamed and no model was ever built.
+        The model is None when the checkpoint was streamed and no model was ever built; a live model gets the weights
+        that the codes stand for, whatever `inplace` says.
         """
         formats = parse_formats(format or self.options.format or "auto_round")
         plan = self.make_plan(formats)

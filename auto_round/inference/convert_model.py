@@ -154,18 +154,7 @@ def _schemes(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Scheme]:
     if "zero_point" in config:  # how AWQ says it
         flat["sym"] = not config["zero_point"]
     base = Scheme.from_flat(flat)
-    extra: dict[str, Any] = config.get("extra_config") or {}
-    if not isinstance(extra, Mapping):
-        raise FormatError(f"extra_config must map layers to settings, got {extra!r}")
-    for key, value in extra.items():
-        if not isinstance(value, Mapping):
-            raise FormatError(f"extra_config {key!r}: expected settings such as {{'bits': 8}}, got {value!r}")
-    patterns = {key: value for key, value in extra.items() if re.search(r"[*+?^$|\\]", key)}
-    for key in patterns:
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise FormatError(f"extra_config key {key!r} is no valid regular expression: {error}") from error
+    extra, patterns = _extra_config(config)
     prefixes = _prefixes(model, config)
     found = {}
     for name, module in model.named_modules():
@@ -183,6 +172,23 @@ def _schemes(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Scheme]:
         except SchemeError as error:
             raise FormatError(f"{name}: {error}") from error
     return found
+
+
+def _extra_config(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """(all settings by layer, those whose key is an expression). Raises FormatError for what cannot be read."""
+    extra = config.get("extra_config") or {}
+    if not isinstance(extra, Mapping):
+        raise FormatError(f"extra_config must map layers to settings, got {extra!r}")
+    for key, value in extra.items():
+        if not isinstance(value, Mapping):
+            raise FormatError(f"extra_config {key!r}: expected settings such as {{'bits': 8}}, got {value!r}")
+    patterns = {key: value for key, value in extra.items() if re.search(r"[*+?^$|\\]", key)}
+    for key in patterns:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise FormatError(f"extra_config key {key!r} is no valid regular expression: {error}") from error
+    return extra, patterns
 
 
 def _weight_part(settings_of_layer: Mapping[str, Any]) -> dict[str, Any]:

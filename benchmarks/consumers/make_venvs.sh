@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make the Python environments that compare.py and readers.py drive, one per consumer, all CPU only.
 #
-#     VENVS=/path/for/venvs bash make_venvs.sh [ours peer c_gptq c_vllm c_ort c_awq]
+#     VENVS=/path/for/venvs bash make_venvs.sh [ours peer c_ct c_gptq c_vllm c_mlx c_llama c_ort c_awq]
 #
 # Each environment becomes $VENVS/NAME; one that has a .done file is left alone. Python 3.11; torch goes in first so
 # that its CPU build satisfies everything after it. Versions are the ones every result in results.md was made with.
@@ -40,6 +40,21 @@ fill_c_vllm() {
     "$1/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec
 }
 
+# Stock transformers with compressed-tensors: the reader of llm_compressor folders, of fp8 folders and of GGUF files.
+fill_c_ct() {
+    "${pip[@]}" $TORCH transformers==5.23.0 compressed-tensors==0.20.0 accelerate==1.15.0 gguf==0.19.0
+}
+
+# mlx has plain wheels for the CPU of Linux; it needs no torch, but dequantize.py does.
+fill_c_mlx() { "${pip[@]}" mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2; }
+
+# llama.cpp is compiled from source: some minutes on two cores.
+fill_c_llama() {
+    "${pip[@]}" -U cmake ninja scikit-build-core
+    CMAKE_ARGS=-DGGML_NATIVE=ON "${pip[@]}" --no-build-isolation llama-cpp-python==0.3.36 || \
+        CMAKE_ARGS=-DGGML_NATIVE=ON "${pip[@]}" llama-cpp-python==0.3.36
+}
+
 fill_c_ort() {
     "${pip[@]}" $TORCH onnxruntime-genai==0.18.0 onnxruntime==1.32.0 onnx onnx-ir "transformers<5.20" accelerate
 }
@@ -50,5 +65,5 @@ fill_c_awq() {
 }
 
 mkdir -p "$VENVS"
-[ $# -gt 0 ] || set -- ours peer c_gptq c_vllm c_ort c_awq
+[ $# -gt 0 ] || set -- ours peer c_ct c_gptq c_vllm c_mlx c_llama c_ort c_awq
 for name in "$@"; do make_venv "$name"; done

@@ -360,18 +360,25 @@ def base_scheme(options: Options) -> Scheme:
     given_fields = {f.name: getattr(options, f.name) for f in fields(options)}
     said = {name: given_fields[name] for name in FLAT_NAMES if given_fields.get(name) is not None}
     scheme = Scheme.from_flat(said, start) if said else start
-    if scheme.weight is not None:
-        codec_of(scheme.weight)
+    _check_codecs(scheme)
     return scheme
 
 
 def _check_spec(name: str, scheme: Scheme) -> None:
     """Raise SchemeError, naming the layer, when its data type cannot do its settings."""
     try:
-        if scheme.weight is not None:
-            codec_of(scheme.weight)
+        _check_codecs(scheme)
     except SchemeError as error:
         raise SchemeError(f"{name}: {error}") from error
+
+
+def _check_codecs(scheme: Scheme) -> None:
+    if scheme.weight is not None:
+        codec_of(scheme.weight)
+    if scheme.act is not None:
+        raise NotYetError(
+            f"act_bits={scheme.act.bits}: quantized activations are not there yet; leave act_bits at 16"
+        )
 
 
 def _mixed(plan: Plan) -> Iterator[str]:

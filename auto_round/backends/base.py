@@ -16,7 +16,7 @@ from auto_round.formats.base import Format
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """One layer of a quantized checkpoint that needs a module. shape: (O, I)."""
+    """One layer of a quantized checkpoint that needs a module. shape: (O, I). act: spec of its inputs, or None."""
 
     name: str
     format: Format
@@ -25,6 +25,7 @@ class Site:
     device: str
     dtype: torch.dtype
     bias: torch.dtype | None
+    act: TensorSpec | None = None
 
 
 class Kernel(nn.Module):

@@ -23,7 +23,7 @@ class QuantLinear(Kernel):
         super().__init__()
         self.backend, self.site = "torch", site
         self.in_features, self.out_features = site.shape[1], site.shape[0]
-        for suffix, tensor in planned_tensors(site.format, site.spec, site.shape).items():
+        for suffix, tensor in planned_tensors(site.format, site.spec, site.shape, site.act).items():
             self.register_buffer(suffix, torch.empty_like(tensor))
         self._packed = tuple(name for name, _ in self.named_buffers())
         bias = None if site.bias is None else torch.empty(site.shape[0], dtype=site.bias, device="meta")

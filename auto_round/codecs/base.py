@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -37,9 +37,26 @@ class Codec(ABC):
         """What may be tuned for a weight of `shape` (O, I)."""
         return {}
 
-    def search(self, w: Tensor, spec: TensorSpec, importance: Tensor | None = None) -> Knobs:
-        """Knobs that lower sum(importance * (fake - w)^2); `importance` is (I,) or None. Default: none known."""
+    def search(
+        self, w: Tensor, spec: TensorSpec, importance: Tensor | None = None, fixed: Knobs = NEUTRAL
+    ) -> Knobs:
+        """Knobs that lower the error of `w` (O, I) under `importance`; `fixed` ones are given. Default: none known.
+
+        importance: (I,) second moments, (I, I) Gram matrix of the inputs, or None.
+        """
         return NEUTRAL
+
+    def tie(self, weights: Sequence[Tensor], spec: TensorSpec) -> Knobs:
+        """What the layers of one fused set, with their `weights` (O, I), must have in common. Default: nothing."""
+        return NEUTRAL
+
+    def needs_range(self, spec: TensorSpec) -> bool:
+        """Whether inputs of `spec` need a calibrated range, because not all of it is found at run time."""
+        return not spec.dynamic
+
+    def input_range(self, low: Tensor, high: Tensor, spec: TensorSpec) -> Knobs:
+        """Knobs that quantize every input within [low, high], 0-dim each: what is stored along with the layer."""
+        raise SchemeError(f"{self.name} has no static range: use act_dynamic=True")
 
     def tuner(self, w: Tensor, spec: TensorSpec, fixed: Knobs) -> Callable[[Knobs], Tensor]:
         """A function from knobs to the fake weight, differentiable in them.
@@ -78,6 +95,13 @@ def fake(w: Tensor, spec: TensorSpec, knobs: Knobs = NEUTRAL) -> Tensor:
     """What is left of `w` (O, I) after quantizing and dequantizing it, in the dtype of `w`."""
     codec = codec_of(spec)
     return codec.dequantize(codec.quantize(w, spec, knobs)).to(w.dtype)
+
+
+def stored_inputs(act: TensorSpec | None, low: Tensor, high: Tensor) -> Knobs:
+    """What is stored of the range [low, high] of a layer's inputs; empty when all is found at run time."""
+    if act is None or not codec_of(act).needs_range(act):
+        return NEUTRAL
+    return codec_of(act).input_range(low, high, act)
 
 
 PLANNED: tuple[str, ...] = (

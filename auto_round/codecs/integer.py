@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from auto_round.codecs.base import Codec
-from auto_round.core.groups import group_size, groups_per_row, merge, split
+from auto_round.core.groups import group_count, group_size, merge, split
 from auto_round.core.layouts import middle
 from auto_round.core.quantized import NEUTRAL, Knob, Knobs, Quantized
 from auto_round.core.rounding import STORAGE, cast_to_storage
-from auto_round.core.scheme import Scheme, TensorSpec
+from auto_round.core.scheme import Group, Scheme, TensorSpec
 
 MIN_BITS, MAX_BITS = 2, 8
 SMALLEST_SCALE = {
@@ -71,11 +71,17 @@ class Integer(Codec):
     }
 
     def reject(self, spec: TensorSpec) -> str | None:
-        """Bits outside 2..8 are not representable."""
+        """Bits outside 2..8 are not representable; groups lie along rows; scales are plain floats."""
         if not MIN_BITS <= spec.bits <= MAX_BITS:
             return (
                 f"int has {MIN_BITS} to {MAX_BITS} bits, got {spec.bits}; 16 keeps a layer in floating point"
             )
+        if isinstance(spec.group, tuple):
+            return f"int has groups along a row, got {spec.group[0]} x {spec.group[1]}: use one number, or data_type fp"
+        if spec.scale_dtype not in STORAGE:
+            return f"int has {', '.join(STORAGE)} scales, got {spec.scale_dtype}"
+        if spec.variant:
+            return f"int has no variant {spec.variant!r}: use data_type int"
         return None
 
     def quantize(self, w: Tensor, spec: TensorSpec, knobs: Knobs = NEUTRAL) -> Quantized:
@@ -98,7 +104,7 @@ class Integer(Codec):
     def knobs(self, spec: TensorSpec, shape: tuple[int, int]) -> dict[str, Knob]:
         """Rounding offsets and the two range factors (Eq. 3 of arXiv:2309.05516)."""
         size = group_size(shape, spec.group)
-        count = 1 if spec.group == 0 else shape[0] * groups_per_row(shape, spec.group)
+        count = group_count(shape, spec.group)
         factor = Knob(shape=(count, 1), neutral=1.0, low=0.0, high=1.0, per_value=False)
         offset = Knob(shape=(count, size), neutral=0.0, low=-0.5, high=0.5, per_value=True)
         return {"round": offset, "low": factor, "high": factor}
@@ -121,7 +127,9 @@ class Integer(Codec):
         low, high = _range(groups, spec, knobs)
         return _grid(low * knobs.get("low", 1.0), high * knobs.get("high", 1.0), spec)
 
-    def search(self, w: Tensor, spec: TensorSpec, importance: Tensor | None = None) -> Knobs:
+    def search(
+        self, w: Tensor, spec: TensorSpec, importance: Tensor | None = None, fixed: Knobs = NEUTRAL
+    ) -> Knobs:
         """The grid of least importance-weighted squared error: {"scale"} or {"scale", "zero"}, (G, 1) each.
 
         A coarse sweep of range factors, a finer one around each group's best, then alternating least squares of the
@@ -242,7 +250,7 @@ class _Fake(torch.autograd.Function):
         return None, None, None, d_offset, d_low * low, d_high * high, None
 
 
-def _group_weights(importance: Tensor | None, shape: tuple[int, int], group: int) -> Tensor | None:
+def _group_weights(importance: Tensor | None, shape: tuple[int, int], group: Group) -> Tensor | None:
     """Importance per input channel as one weight per grouped value, or None.
 
     Channels without any signal get the mean, so that a group is never free to become anything; a group of which more

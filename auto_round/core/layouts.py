@@ -115,7 +115,7 @@ def _quantized(
     else:
         params["zero"] = _down(zeros)
     padded = split(codes, spec.group)
-    if spec.group > 0 and shape[1] % padded.shape[1]:
+    if spec.group != 0 and shape[1] % padded.shape[1]:
         padded = _pad_with_zero_points(codes, zeros, spec, padded.shape[1])
     return Quantized(spec=spec, shape=shape, codes=padded.contiguous(), params=params)
 

@@ -4,7 +4,7 @@ Codes and parameters are made exactly once and are in their storage dtype; nothi
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
@@ -16,6 +16,7 @@ Knobs = Mapping[str, Tensor]
 """Small tensors that steer how a weight is quantized; a missing knob is neutral."""
 
 NEUTRAL: Knobs = MappingProxyType({})
+INPUT = "input_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +41,33 @@ class Quantized:
     codes: (G, K) unsigned integers, row-major groups of `spec.group` values, padding included.
     params: tensors with one row per group, in storage dtype: "scale" and, for asymmetric types, "zero".
     shape: (O, I) of the matrix before padding.
+    inputs: the calibrated range of the layer's inputs, in storage dtype, (1,) each: "scale" or "global_scale"; empty
+    when inputs stay in floating point or their range is found at run time.
     """
 
     spec: TensorSpec
     shape: tuple[int, int]
     codes: Tensor
     params: Mapping[str, Tensor]
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Codes and parameters under one roof, for comparing and hashing."""
-        return {"codes": self.codes, **self.params}
+        """Codes, parameters and input ranges under one roof, for comparing and hashing."""
+        return {"codes": self.codes, **self.params, **input_tensors(self)}
 
     def equals(self, other: "Quantized") -> bool:
         """Bit for bit the same codes and parameters, in the same dtypes and shapes, padding left out."""
-        if self.spec != other.spec or self.shape != other.shape or self.params.keys() != other.params.keys():
-            return False
         mine, theirs = self.tensors(), other.tensors()
+        if self.spec != other.spec or self.shape != other.shape or mine.keys() != theirs.keys():
+            return False
         return all(mine[k].dtype == theirs[k].dtype and torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def input_tensors(q: Quantized) -> dict[str, Tensor]:
+    """The input range of `q` under the names that checkpoints give it: "input_scale", "input_global_scale"."""
+    return {f"{INPUT}{key}": value for key, value in q.inputs.items()}
+
+
+def inputs_among(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `input_tensors`, for a reader: whatever input range there is among `tensors`."""
+    return {key.removeprefix(INPUT): value for key, value in tensors.items() if key.startswith(INPUT)}

@@ -1,16 +1,19 @@
 """How tensors are represented: `TensorSpec` for one tensor, `Scheme` for a layer.
 
-The flat names of configuration files and of the command line ("group_size", "act_bits", ...) are known here only.
+The flat names of configuration files and of the command line ("group_size", "act_bits", ...) are known here only; how
+they spell data types is in `core/spelling.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from auto_round.core.errors import NotYetError, SchemeError, nearest
+from auto_round.core.spelling import scale_dtype_of, spell, spelled
 
 FLOAT_BITS = 16
 SCALE_DTYPES = {
@@ -21,37 +24,51 @@ SCALE_DTYPES = {
     "fp32": "float32",
     "float32": "float32",
 }
+STORED_SCALES = frozenset(SCALE_DTYPES.values())
+
+
+Group = int | tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
     """How the values of one tensor are represented. Says nothing about how they are found.
 
-    dtype: name of a codec. group: values that share a scale (-1 per row, 0 per tensor). scale_dtype: torch name.
+    dtype: name of a codec. group: values that share a scale (-1 per row, 0 per tensor, (r, c) per block of the matrix).
+    scale_dtype: torch name, or "e8m0", "e4m3", "e5m3" where the data type has scales of its own. dynamic: for layer
+    inputs, whether the range is found at run time. variant: a codec's own dialect ("rceil", "e5m2").
     """
 
     dtype: str = "int"
     bits: int = 4
-    group: int = 128
+    group: Group = 128
     sym: bool = True
     scale_dtype: str = "float16"
+    dynamic: bool = True
+    variant: str = ""
 
     def __str__(self) -> str:
-        symmetry = "sym" if self.sym else "asym"
-        return f"{self.dtype}{self.bits} g{self.group} {symmetry}"
+        group = "x".join(map(str, self.group)) if isinstance(self.group, tuple) else self.group
+        words = (
+            f"{self.dtype}{self.bits} g{group} {'sym' if self.sym else 'asym'}",
+            self.variant,
+            "" if self.dynamic else "static",
+        )
+        return " ".join(word for word in words if word)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
-    """How one layer is represented. `weight` None keeps it in floating point."""
+    """How one layer is represented. `weight` None keeps it in floating point; `act` None leaves its inputs alone."""
 
     weight: TensorSpec | None
+    act: TensorSpec | None = None
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, object], base: Scheme | None = None) -> Scheme:
         """Read the flat names; what `flat` leaves out (or gives as None) is taken from `base`.
 
-        Raises SchemeError for an unknown name or an impossible value, NotYetError for activation quantization.
+        Raises SchemeError for an unknown name, an impossible value, or settings that contradict each other.
         """
         given = {key: value for key, value in flat.items() if value is not None}
         for key in given:
@@ -59,22 +76,40 @@ class Scheme:
                 raise SchemeError(
                     f"{key!r} is no setting of a scheme.{nearest(key, FLAT_NAMES)} Known: {_listing()}"
                 )
-        _refuse_later(given)
+        for key in LATER_NAMES:
+            if key in given:
+                raise NotYetError(f"{key}={given[key]!r} is not there yet; leave it out")
         if _whole("bits", given.get("bits", 0)) >= FLOAT_BITS or given.get("data_type") == "float":
+            if _whole("act_bits", given.get("act_bits", FLOAT_BITS)) < FLOAT_BITS:
+                raise SchemeError(
+                    f"act_bits={given['act_bits']} with bits 16: inputs are quantized along with weights only; "
+                    "leave act_bits out"
+                )
             return FLOAT
         start = base.weight if base is not None and base.weight is not None else TensorSpec()
-        changes = {ours: _checked(key, given[key]) for key, ours in WEIGHT_NAMES.items() if key in given}
-        return cls(weight=replace(start, **changes))
+        weight = replace(start, **_changes(given, WEIGHT_NAMES))
+        return cls(weight=weight, act=_act(given, weight, None if base is None else base.act))
 
     def to_flat(self) -> dict[str, object]:
         """The flat names, as checkpoint configurations store them."""
         if self.weight is None:
             return {"bits": FLOAT_BITS, "data_type": "float"}
         w = self.weight
-        return {"bits": w.bits, "group_size": w.group, "sym": w.sym, "data_type": w.dtype}
+        flat: dict[str, object] = {"bits": w.bits, "group_size": _flat_group(w.group), "sym": w.sym}
+        flat["data_type"] = spell(w.dtype, w.bits, w.variant, w.scale_dtype)
+        if w.scale_dtype in STORED_SCALES and w.scale_dtype != scale_dtype_of(w.dtype):
+            flat["scale_dtype"] = w.scale_dtype
+        if self.act is not None:
+            a = self.act
+            flat |= {"act_bits": a.bits, "act_group_size": _flat_group(a.group), "act_sym": a.sym}
+            flat |= {"act_data_type": spell(a.dtype, a.bits, a.variant, a.scale_dtype)}
+            flat |= {"act_dynamic": a.dynamic}
+        return flat
 
     def __str__(self) -> str:
-        return "float" if self.weight is None else str(self.weight)
+        if self.weight is None:
+            return "float"
+        return str(self.weight) if self.act is None else f"{self.weight}, inputs {self.act}"
 
 
 FLOAT = Scheme(weight=None)
@@ -85,7 +120,13 @@ WEIGHT_NAMES = {
     "data_type": "dtype",
     "scale_dtype": "scale_dtype",
 }
-ACT_NAMES = ("act_bits", "act_group_size", "act_sym", "act_data_type", "act_dynamic")
+ACT_NAMES = {
+    "act_bits": "bits",
+    "act_group_size": "group",
+    "act_sym": "sym",
+    "act_data_type": "dtype",
+    "act_dynamic": "dynamic",
+}
 LATER_NAMES = ("super_bits", "super_group_size", "rotation_config")
 FLAT_NAMES = (*WEIGHT_NAMES, *ACT_NAMES, *LATER_NAMES)
 
@@ -94,35 +135,74 @@ def _listing() -> str:
     return ", ".join(FLAT_NAMES)
 
 
-def _refuse_later(given: Mapping[str, object]) -> None:
-    if _whole("act_bits", given.get("act_bits", FLOAT_BITS)) < FLOAT_BITS:
-        raise NotYetError(
-            f"act_bits={given['act_bits']}: quantized activations are not there yet; leave act_bits at 16"
-        )
-    for key in LATER_NAMES:
-        if key in given:
-            raise NotYetError(f"{key}={given[key]!r} is not there yet; leave it out")
+def _flat_group(group: Group) -> int | list[int]:
+    return list(group) if isinstance(group, tuple) else group
+
+
+def _changes(given: Mapping[str, object], names: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of a `TensorSpec` that `given` sets; a data type brings its dialect, scales and maybe bits along."""
+    changes = {ours: _checked(key, given[key]) for key, ours in names.items() if key in given}
+    if "dtype" in changes:
+        word = spelled(changes["dtype"])
+        if word.bits and changes.setdefault("bits", word.bits) != word.bits:
+            raise SchemeError(
+                f"data type {changes['dtype']!r} has {word.bits} bits, but bits={changes['bits']} is given"
+            )
+        changes |= {"dtype": word.dtype, "variant": word.variant}
+        changes.setdefault("scale_dtype", word.scale_dtype)
+    return changes
+
+
+def _act(given: Mapping[str, object], weight: TensorSpec, base: TensorSpec | None) -> TensorSpec | None:
+    """The spec of the inputs: what is not said is as for the weights, and the range is found at run time."""
+    changes = _changes({k: v for k, v in given.items() if k != "act_data_type" or v != "float"}, ACT_NAMES)
+    if changes.get("bits", 0) >= FLOAT_BITS:
+        return None
+    if base is None and "bits" not in changes:
+        if changes:
+            said = ", ".join(f"{key}={given[key]!r}" for key in ACT_NAMES if key in given)
+            raise SchemeError(f"{said}, but inputs are not quantized: give act_bits too, or leave it out")
+        return None
+    group = weight.group[1] if isinstance(weight.group, tuple) else weight.group
+    start = base or replace(weight, group=group)
+    spec = replace(start, **changes)
+    if base is None or changes:
+        spec = replace(spec, scale_dtype=scale_dtype_of(spec.dtype, spec.scale_dtype, run_time=spec.dynamic))
+    return spec
 
 
 def _checked(key: str, value: Any) -> Any:
     """`value` of the flat name `key` in our own form, or a SchemeError that says what is allowed."""
-    if key == "sym":
+    if key in ("sym", "act_sym", "act_dynamic"):
         if not isinstance(value, bool):
-            raise SchemeError(f"sym must be true or false, got {value!r}")
+            raise SchemeError(f"{key} must be true or false, got {value!r}")
         return value
     if key == "scale_dtype":
         name = str(value).removeprefix("torch.")
         if name not in SCALE_DTYPES:
             raise SchemeError(f"scale_dtype {value!r} is unknown. Known: {', '.join(SCALE_DTYPES)}")
         return SCALE_DTYPES[name]
-    if key == "data_type":
+    if key in ("data_type", "act_data_type"):
         return str(value)
-    if isinstance(value, (list, tuple)):
-        raise NotYetError(f"{key}={value!r}: two-dimensional groups are not there yet; give one number")
-    number = _whole(key, value)
-    if key == "group_size" and number < -1:
+    if key in ("group_size", "act_group_size"):
+        return _group(key, value)
+    return _whole(key, value)
+
+
+def _group(key: str, value: Any) -> Group:
+    """A number, or a block (rows, columns) given as a list of two or as "128,128"."""
+    parts = re.split("[, x]+", value.strip()) if isinstance(value, str) else value
+    if isinstance(parts, (list, tuple)) and len(parts) != 1:
+        sizes = tuple(_whole(key, part) for part in parts)
+        if len(sizes) != 2 or min(sizes) < 1:
+            raise SchemeError(
+                f"{key} {value!r} is not possible: a block has two positive sides, such as [128, 128]"
+            )
+        return sizes[0], sizes[1]
+    number = _whole(key, parts[0] if isinstance(parts, (list, tuple)) else parts)
+    if number < -1:
         raise SchemeError(
-            f"group_size {number} is not possible: positive, -1 (one per row) or 0 (one per tensor)"
+            f"{key} {number} is not possible: positive, -1 (one per row), 0 (one per tensor) or a block of two"
         )
     return number
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -100,6 +100,8 @@ def reject_integer(name: str, scheme: Scheme, bits: tuple[int, ...], remedy: str
         return None
     if spec.dtype != "int":
         return f"{name} stores integers only, got {spec.dtype!r}. {remedy}"
+    if scheme.act is not None:
+        return f"{name} stores weights only, got quantized inputs ({scheme.act}). Leave act_bits at 16"
     if spec.bits not in bits:
         allowed = ", ".join(str(width) for width in bits)
         return f"{name} stores {allowed} bits only, got {spec.bits}. {remedy}"
@@ -120,17 +122,21 @@ def asymmetric_eight_bits(plan: Plan) -> Iterator[str]:
         )
 
 
-def meta_quantized(spec: TensorSpec, shape: tuple[int, int]) -> Quantized:
+def meta_quantized(spec: TensorSpec, shape: tuple[int, int], act: TensorSpec | None = None) -> Quantized:
     """A `Quantized` without data, from which `write` tells the shapes and dtypes that a file or a loader needs."""
-    from auto_round.codecs.base import codec_of
+    from auto_round.codecs.base import codec_of, stored_inputs
 
-    return codec_of(spec).quantize(torch.empty(shape, device="meta"), spec)
+    q = codec_of(spec).quantize(torch.empty(shape, device="meta"), spec)
+    nothing = torch.empty((), device="meta")
+    return replace(q, inputs=stored_inputs(act, nothing, nothing))
 
 
 @cache
-def planned_tensors(fmt: Format, spec: TensorSpec, shape: tuple[int, int]) -> Mapping[str, Tensor]:
+def planned_tensors(
+    fmt: Format, spec: TensorSpec, shape: tuple[int, int], act: TensorSpec | None = None
+) -> Mapping[str, Tensor]:
     """What `write` makes of a layer of `shape`, on the meta device. Models have few distinct shapes: done once each."""
-    return fmt.write(meta_quantized(spec, shape))
+    return fmt.write(meta_quantized(spec, shape, act))
 
 
 PLANNED = ("llm_compressor", "auto_round:llm_compressor", "mlx", "auto_round:mlx", "fp8", "auto_round:fp8")

@@ -80,7 +80,9 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             dtype = infos[source].dtype if source in infos else None
             if infos.pop(source, None) is not None:
                 self.account.replaced.append(source)
-            for suffix, tensor in planned_tensors(self.format, spec, self.plan.shapes[layer]).items():
+            for suffix, tensor in planned_tensors(
+                self.format, spec, self.plan.shapes[layer], self.plan[layer].act
+            ).items():
                 name = f"{prefix}.{suffix}"
                 tensor = self._as_stored(layer, suffix, tensor)
                 infos[name] = TensorInfo(

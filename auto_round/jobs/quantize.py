@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -66,18 +66,33 @@ def quantize(
         started, report = time.perf_counter(), BlockReport(kept="plain")
         specs = specs_of(block, plan)
         check_finite(block, specs)
-        knobs: dict[str, Knobs] = {}
+        block.tied = tied(block, specs, plan)
+        knobs: dict[str, Knobs] = dict(block.tied)
         for step in steps:
             knobs = step.block(block, plan, knobs, report)
         replaced = {}
         for name, spec in specs.items():
             q = encode(name, block.weights[name], spec, knobs.get(name, NEUTRAL))
+            q = replace(q, inputs=block.inputs.get(name, NEUTRAL))
             replaced[name] = codec_of(spec).dequantize(q)
             for writer in writers:
                 writer.add(name, q)
         source.done(block, replaced)
         for observer in observers:
             observer.finished(BlockResult(block.name, len(specs), report, time.perf_counter() - started))
+
+
+def tied(block: Block, specs: dict[str, TensorSpec], plan: Plan) -> dict[str, Knobs]:
+    """Layer -> what the layers of its fused set must share, for the sets of `block`; layers alone are a set of one."""
+    found: dict[str, Knobs] = {}
+    sets = [tuple(name for name in specs if name in members) for members in plan.fused]
+    alone = [(name,) for name in specs if not any(name in names for names in sets)]
+    for names in (*sets, *alone):
+        for spec in {specs[name]: None for name in names}:
+            same = [name for name in names if specs[name] == spec]
+            shared = codec_of(spec).tie([block.weights[name] for name in same], spec)
+            found.update(dict.fromkeys(same, shared) if shared else {})
+    return found
 
 
 def check_finite(block: Block, specs: dict[str, TensorSpec]) -> None:

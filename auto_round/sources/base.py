@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
+from types import MappingProxyType
 
 from torch import Tensor
 
 from auto_round.core.errors import AutoRoundError
+from auto_round.core.quantized import Knobs
 
 
 class Needs(IntEnum):
@@ -27,6 +29,10 @@ class Block(ABC):
     """Layer name -> (O, I), as in the checkpoint."""
     samples: int = 0
     """Calibration samples that it can be run on; 0 when there are none."""
+    tied: Mapping[str, Knobs] = MappingProxyType({})
+    """Layer -> knobs that its fused set has in common, set by the loop: part of every candidate, plain rounding too."""
+    inputs: Mapping[str, Knobs] = MappingProxyType({})
+    """Layer -> calibrated range of its inputs, as it is stored with the layer."""
 
     def importance(self, layer: str) -> Tensor | None:
         """Second moment of each input channel of `layer`, (I,) float32, or None when nothing was gathered."""

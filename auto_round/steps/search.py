@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from auto_round.codecs.base import codec_of
 from auto_round.core.plan import Plan
-from auto_round.core.quantized import Knobs
+from auto_round.core.quantized import NEUTRAL, Knobs
 from auto_round.sources.base import Block, Needs
 from auto_round.steps.base import BlockReport, Step, specs_of
 
@@ -20,7 +20,8 @@ class Search(Step):
         """`knobs` with those found by each layer's codec."""
         found = dict(knobs)
         for name, spec in specs_of(block, plan).items():
-            better = codec_of(spec).search(block.weights[name], spec, block.importance(name))
-            found[name] = {**knobs.get(name, {}), **better}
+            before = knobs.get(name, NEUTRAL)
+            better = codec_of(spec).search(block.weights[name], spec, block.importance(name), before)
+            found[name] = {**before, **better}
         report.kept = "searched"
         return found

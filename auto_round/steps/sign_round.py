@@ -70,8 +70,8 @@ class SignRound(Step):
         if not specs:
             return knobs
         train, held_out = _split_samples(block.samples)
-        candidates: dict[str, dict[str, Knobs]] = {"plain": {}}
-        if knobs:
+        candidates: dict[str, dict[str, Knobs]] = {"plain": dict(block.tied)}
+        if any(own is not block.tied.get(name) for name, own in knobs.items()):
             candidates["searched"] = knobs
         for name, candidate in candidates.items():
             report.losses[name] = loss_on(block, held_out, fakes_of(block, plan, candidate), self.batch_size)

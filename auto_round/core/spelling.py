@@ -1,0 +1,64 @@
+"""How configurations and users spell data types: "mx_fp", "mx_fp4", "mx_fp_rceil", "nv_fp4_with_static_gs", "fp8_e5m2".
+
+A word says the codec, maybe the bits, its dialect, and the dtype of its scales. A word of no known family is the name
+of a codec, so that a new data type needs nothing here.
+"""
+
+import re
+from typing import NamedTuple
+
+
+class Word(NamedTuple):
+    """What one spelling means; bits 0 when it does not say."""
+
+    dtype: str
+    bits: int = 0
+    variant: str = ""
+    scale_dtype: str = "float16"
+
+
+FAMILIES = {"int": "float16", "mx_fp": "e8m0", "mx_int": "e8m0", "nv_fp": "e4m3", "fp": "bfloat16"}
+"""Codec -> dtype of its scales when nothing else is said. FP8 readers keep scales in bfloat16: made in it already."""
+E5M3 = "nvfp4_v2"  # upstream's word for FP4 with scales in E5M3
+STATIC_GLOBAL = "nv_fp4_with_static_gs"
+IRREGULAR = {
+    E5M3: Word("nv_fp", 4, "", "e5m3"),
+    "nv_fp4_e5m3": Word("nv_fp", 4, "", "e5m3"),
+    STATIC_GLOBAL: Word("nv_fp", 4, "static_gs", "e4m3"),
+}
+USUAL_ELEMENTS = ("e2m1", "e2m3", "e4m3")  # what 4, 6 and 8 bits mean when no element is named
+REGULAR = re.compile(r"(mx_?fp|mx_?int|nv_?fp|fp|int)_?(\d?)_?(e\dm\d)?_?(rceil)?")
+
+
+def spelled(text: str) -> Word:
+    """What the data type `text` means."""
+    word = text.strip().casefold()
+    if word in IRREGULAR:
+        return IRREGULAR[word]
+    found = REGULAR.fullmatch(word)
+    if found is None:
+        return Word(word)
+    family, bits, element, rounding = found.groups()
+    dtype = family if "_" in family else family.replace("mx", "mx_").replace("nv", "nv_")
+    tokens = ["" if element in USUAL_ELEMENTS else element, rounding]
+    return Word(dtype, int(bits or 0), "_".join(token for token in tokens if token), FAMILIES[dtype])
+
+
+def spell(dtype: str, bits: int, variant: str, scale_dtype: str) -> str:
+    """The word that configurations use, the inverse of `spelled`."""
+    if scale_dtype == "e5m3":
+        return E5M3
+    if variant == "static_gs":
+        return STATIC_GLOBAL
+    if not variant:
+        return dtype
+    return f"{dtype}{bits}{variant}" if re.match(r"e\dm\d", variant) else f"{dtype}_{variant}"
+
+
+def scale_dtype_of(dtype: str, given: str | None = None, *, run_time: bool = False) -> str:
+    """Dtype of the scales of codec `dtype`. Float scales that are made at run time are not stored: float32."""
+    usual = given or FAMILIES.get(dtype, "float16")
+    stored_as_float = FAMILIES.get(dtype, "float16") in ("float16", "bfloat16")
+    if run_time:
+        return "float32" if stored_as_float else usual
+    return FAMILIES.get(dtype, "float16") if stored_as_float else usual

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from auto_round.codecs.base import codec_of, codecs, fake, preset, presets
+from auto_round.codecs.base import codec_of, codecs, encode, fake, preset, presets
 from auto_round.core.errors import NotYetError, SchemeError
 from auto_round.core.scheme import TensorSpec
 
@@ -248,3 +248,13 @@ def test_the_cost_counts_scales_and_zero_points():
     sym, asym = TensorSpec(bits=4, group=128), TensorSpec(bits=4, group=128, sym=False)
     assert codecs()["int"].cost(sym, (256, 256)) == 4 + 16 / 128
     assert codecs()["int"].cost(asym, (256, 256)) == 4 + 24 / 128
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if codec_of(s).row_unit(s)], ids=str)
+def test_rows_quantized_a_few_at_a_time_get_the_codes_of_the_whole_matrix(spec, monkeypatch):
+    w = torch.randn(70, 96, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    codec = codec_of(spec)
+    knobs = codec.search(w.float(), spec)
+    whole = [codec.quantize(w, spec), codec.quantize(w, spec, knobs)]
+    monkeypatch.setattr("auto_round.codecs.base.CHUNK", 16 * 96)
+    assert encode(w, spec).equals(whole[0]) and encode(w, spec, knobs).equals(whole[1])

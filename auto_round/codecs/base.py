@@ -33,6 +33,10 @@ class Codec(ABC):
     def reject(self, spec: TensorSpec) -> str | None:
         """Why this data type cannot do `spec`, or None."""
 
+    def row_unit(self, spec: TensorSpec) -> int | None:
+        """Rows that must be quantized together: 1 when every row stands alone, None when all belong together."""
+        return None
+
     def knobs(self, spec: TensorSpec, shape: tuple[int, int]) -> dict[str, Knob]:
         """What may be tuned for a weight of `shape` (O, I)."""
         return {}
@@ -89,6 +93,33 @@ def codec_of(spec: TensorSpec) -> Codec:
     if reason:
         raise SchemeError(reason)
     return known[spec.dtype]
+
+
+CHUNK = 1 << 18
+"""Values handled at a time on the CPU: their float32 copies then stay in the cache of a core."""
+
+
+def encode(w: Tensor, spec: TensorSpec, knobs: Knobs = NEUTRAL) -> Quantized:
+    """`Codec.quantize` of `w` (O, I), on the CPU a few rows at a time; the codes are the same."""
+    codec = codec_of(spec)
+    unit = codec.row_unit(spec) if w.device.type == "cpu" else None
+    rows = None if unit is None else max(unit, CHUNK // max(1, w.shape[1]) // unit * unit)
+    if rows is None or rows >= w.shape[0]:
+        return codec.quantize(w, spec, knobs)
+    parts = [slice(start, min(start + rows, w.shape[0])) for start in range(0, w.shape[0], rows)]
+    done = []
+    for part in parts:
+        own = {key: _rows_of(knob, part, w.shape[0], unit or 1) for key, knob in knobs.items()}
+        done.append(codec.quantize(w[part], spec, own).tensors())
+    whole = {key: torch.cat([tensors[key] for tensors in done]) for key in done[0]}
+    return Quantized(spec=spec, shape=(w.shape[0], w.shape[1]), codes=whole.pop("codes"), params=whole)
+
+
+def _rows_of(tensor: Tensor, part: slice, count: int, unit: int) -> Tensor:
+    """The entries (per row, or per `unit` rows) for the rows `part` of a matrix of `count` rows."""
+    step = 1 if tensor.shape[0] % count == 0 else unit
+    entries = tensor.shape[0] // -(-count // step)
+    return tensor[part.start // step * entries : -(-part.stop // step) * entries]
 
 
 def fake(w: Tensor, spec: TensorSpec, knobs: Knobs = NEUTRAL) -> Tensor:

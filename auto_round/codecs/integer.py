@@ -84,6 +84,10 @@ class Integer(Codec):
             return f"int has no variant {spec.variant!r}: use data_type int"
         return None
 
+    def row_unit(self, spec: TensorSpec) -> int | None:
+        """Groups lie within a row, unless the whole tensor is one."""
+        return None if spec.group == 0 else 1
+
     def quantize(self, w: Tensor, spec: TensorSpec, knobs: Knobs = NEUTRAL) -> Quantized:
         """uint8 codes (G, K); params scale (G, 1) and, when asymmetric, zero (G, 1) uint8."""
         groups = split(w.float(), spec.group)
@@ -191,7 +195,7 @@ def _codes(groups: Tensor, grid: Grid, spec: TensorSpec, offset: Tensor | None) 
     ratio = groups / grid.scale
     if offset is not None:
         ratio = ratio + offset
-    return (ratio.round() + grid.zero).clamp(0, _top(spec))
+    return ratio.round().add_(grid.zero).clamp_(0, _top(spec))
 
 
 class _Fake(torch.autograd.Function):

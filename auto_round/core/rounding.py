@@ -17,3 +17,8 @@ def straight_through(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def cast_to_storage(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` rounded to what `dtype` can hold, in float32, with the gradient of `x`."""
     return straight_through(lambda value: value.to(dtype).float(), x)
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether `x` has neither NaN nor Inf. One pass over memory where its sum tells."""
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())

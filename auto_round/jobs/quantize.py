@@ -12,10 +12,12 @@ from typing import Protocol
 
 import torch
 
+from auto_round.codecs import base as codecs
 from auto_round.codecs.base import codec_of
 from auto_round.core.errors import ModelError, SchemeError
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import NEUTRAL, Knobs, Quantized
+from auto_round.core.rounding import all_finite
 from auto_round.core.scheme import TensorSpec
 from auto_round.sources.base import Block, Needs, Source
 from auto_round.steps.base import BlockReport, Step, specs_of
@@ -98,7 +100,7 @@ def tied(block: Block, specs: dict[str, TensorSpec], plan: Plan) -> dict[str, Kn
 def check_finite(block: Block, specs: dict[str, TensorSpec]) -> None:
     """Raise ModelError when a weight that is to be quantized has NaN or Inf."""
     for name in specs:
-        if not bool(torch.isfinite(block.weights[name]).all()):
+        if not all_finite(block.weights[name]):
             bad = int((~torch.isfinite(block.weights[name])).sum())
             raise ModelError(
                 f"{name}.weight has {bad} values that are NaN or Inf. Repair the checkpoint, or keep the layer in "
@@ -108,7 +110,7 @@ def check_finite(block: Block, specs: dict[str, TensorSpec]) -> None:
 
 def encode(name: str, weight: torch.Tensor, spec: TensorSpec, knobs: Knobs) -> Quantized:
     """The one place where codes are made. Raises SchemeError when a stored parameter overflows its dtype."""
-    q = codec_of(spec).quantize(weight.detach(), spec, knobs)
+    q = codecs.encode(weight.detach(), spec, knobs)
     for key, tensor in q.params.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise SchemeError(

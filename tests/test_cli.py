@@ -197,7 +197,6 @@ LATER = [
     ["--dynamic_max_gap", "5"],
     ["--enable_torch_compile"],
     ["--scheme", "MXFP4"],
-    ["--scheme", "GGUF:Q4_K_M"],
     ["--format", "gguf:q4_k_m"],
     ["--format", "llm_compressor"],
     ["--format", "mlx"],

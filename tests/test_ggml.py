@@ -6,7 +6,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 
-from auto_round.codecs.base import BlockCodec, codec_of, codecs, fake
+from auto_round.codecs.base import codec_of, codecs, fake
+from auto_round.codecs.blocks import BlockCodec
 from auto_round.core.errors import SchemeError
 
 TYPES = [codec for codec in codecs().values() if isinstance(codec, BlockCodec)]

@@ -23,7 +23,7 @@ ORDER = [
     "cli",
 ]
 ENTRY_FOLDERS = {"codecs", "formats", "steps", "backends"}
-SHARED = {"base"}
+SHARED = {"base", "blocks"}
 
 
 def imports(file: Path):

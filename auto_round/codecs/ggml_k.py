@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from auto_round.codecs.base import BlockCodec
+from auto_round.codecs.blocks import BlockCodec
 from auto_round.core.fitting import Blocks, Ladder, fit_line, fit_scale, half, quantize_scales, refine
 from auto_round.core.quantized import Knobs, Quantized
 from auto_round.core.rounding import straight_through

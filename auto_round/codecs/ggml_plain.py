@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from auto_round.codecs.base import BlockCodec
+from auto_round.codecs.blocks import BlockCodec
 from auto_round.core.fitting import Blocks, fit_line, fit_scale, half, settled_line, settled_scale
 from auto_round.core.quantized import Knobs, Quantized
 from auto_round.core.rounding import cast_to_storage

@@ -199,7 +199,7 @@ LATER = [
     ["--scheme", "MXFP4"],
     ["--format", "gguf:q4_k_m"],
     ["--format", "llm_compressor"],
-    ["--format", "mlx"],
+    ["--format", "fp8"],
 ]
 
 

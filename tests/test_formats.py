@@ -14,7 +14,7 @@ from auto_round.formats.base import Provenance, format_named, formats, meta_quan
 
 SPECS = [
     TensorSpec(bits=bits, group=group, sym=sym)
-    for bits, group, sym in itertools.product((2, 3, 4, 8), (32, 64, 48, 128, -1), (True, False))
+    for bits, group, sym in itertools.product((2, 3, 4, 5, 6, 8), (32, 64, 48, 128, -1), (True, False))
 ]
 SHAPES = [(32, 96), (64, 64), (96, 256)]
 CASES = [
@@ -53,7 +53,7 @@ def counting(spec):
     codes = (torch.arange(256) % (1 << spec.bits)).to(torch.uint8).reshape(8, 32)
     params = {"scale": torch.arange(1, 9).half().reshape(8, 1) / 8}
     if not spec.sym:
-        params["zero"] = torch.arange(8, dtype=torch.uint8).reshape(8, 1) % (1 << spec.bits)
+        params["zero"] = (torch.arange(8).reshape(8, 1) % (1 << spec.bits)).to(torch.uint8)
     return Quantized(spec=spec, shape=(8, 32), codes=codes, params=params)
 
 
@@ -182,6 +182,9 @@ def test_a_layer_that_a_format_cannot_divide_stays_in_floating_point_with_its_re
         ("auto_awq", TensorSpec(bits=4, group=48), "divide the row of 64, got 48"),
         ("auto_gptq", TensorSpec(bits=4, group=0), "group size 0"),
         ("auto_round", TensorSpec(bits=4, scale_dtype="float32"), "float16 scales only"),
+        ("mlx", TensorSpec(bits=7), "2, 3, 4, 5, 6, 8 bits only, got 7"),
+        ("mlx", TensorSpec(bits=4, group=48), "groups of 32, 64 or 128, got 48"),
+        ("mlx", TensorSpec(bits=8, group=32, sym=False, scale_dtype="bfloat16"), "does not survive"),
     ],
     ids=str,
 )
@@ -222,3 +225,65 @@ def test_tensors_of_the_wrong_shape_are_named(name):
     del tensors["scales"]
     with pytest.raises(FormatError, match="scales is missing"):
         fmt.read(tensors, spec, (32, 96))
+
+
+def bit_stream(row, bits):
+    """Codes of one row as bytes, low bits first: written as a plain loop, apart from the code under test."""
+    number = sum(int(code) << (bits * k) for k, code in enumerate(row))
+    return number.to_bytes(len(row) * bits // 8, "little").hex()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_an_mlx_row_is_a_stream_of_codes_low_bits_first(bits):
+    spec = TensorSpec(bits=bits, group=32, sym=False)
+    q = counting(spec)
+    tensors = format_named("mlx").write(q)
+    assert tensors["weight"].dtype == torch.uint32
+    assert [hex_of(row) for row in tensors["weight"]] == [bit_stream(row, bits) for row in q.codes]
+    assert hex_of(tensors["scales"]) == "00300034003600380039003a003b003c"
+    # -scale * zero: 0, -1/4, -3/4, ...
+    assert tensors["biases"].flatten().tolist() == [
+        -(i + 1) / 8 * (i % (1 << bits)) for i in range(8)
+    ]  # exact in float16
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_mlx_arithmetic_gives_our_weight(bits):
+    for sym in (True, False):
+        spec = TensorSpec(bits=bits, group=32, sym=sym)
+        _, q = quantized(spec, (64, 64))
+        tensors = format_named("mlx").write(q)
+        scale, bias = (tensors[k].float().repeat_interleave(32, 1) for k in ("scales", "biases"))
+        theirs = scale * q.codes.reshape(64, 64) + bias
+        ours = codec_of(spec).dequantize(q)
+        # a symmetric bias is exact; another is rounded once to float16
+        assert (theirs - ours).abs().max() <= (1e-8 if sym else bias.abs().max() * 2**-11)
+
+
+def test_an_mlx_config_gives_every_layer_its_bits_and_the_group_that_is_stored():
+    plan = plan_of(W4, k_proj=W8, down_proj=Scheme(weight=None))
+    config = format_named("mlx").describe({"rope_parameters": {"rope_theta": 7.0}}, plan, PROVENANCE)
+    assert config["quantization"]["model.layers.0.k_proj"] == {"group_size": 64, "bits": 8}  # rows of 64
+    assert config["quantization"]["model.layers.1.down_proj"] is False
+    assert config["quantization"]["lm_head"] is False
+    assert config["quantization"]["mode"] == "affine" and config["rope_theta"] == 7.0
+    assert config["quantization_config"] == config["quantization"]
+    own = format_named("auto_round:mlx").describe({}, plan, PROVENANCE)
+    assert own["quantization_config"]["packing_format"] == "auto_round:mlx"
+    assert own["quantization_config"]["extra_config"]["model.layers.0.k_proj"] == {"bits": 8}
+    assert own["quantization"] == config["quantization"]
+
+
+def test_mlx_leaves_rows_without_whole_groups_in_floating_point():
+    scheme = Scheme(weight=TensorSpec(bits=4, group=64))
+    plan = Plan({"a": scheme, "b": scheme}, shapes={"a": (64, 64), "b": (64, 96)}, base=scheme)
+    checked = format_named("mlx").check(plan)
+    assert checked.quantized() == ["a"] and "rows of 96 are no whole groups of 64" in checked.why["b"]
+
+
+def test_an_mlx_bias_that_overflows_is_an_error():
+    spec = TensorSpec(bits=8, group=32)
+    q = counting(spec)
+    big = Quantized(spec=spec, shape=q.shape, codes=q.codes, params={"scale": q.params["scale"] * 1e4})
+    with pytest.raises(FormatError, match="bias overflows float16"):
+        format_named("mlx").write(big)

@@ -5,6 +5,8 @@ GPTQ: qweight int32 [I * bits / 32, O] packed along I; qzeros int32 [G, O * bits
 AWQ: qweight int32 [I, O / 8] packed along O with the nibbles of a word in the order 0 2 4 6 1 3 5 7; qzeros alike.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,17 @@ def zeros_of(q: Quantized) -> Tensor:
     if "zero" in q.params:
         return q.params["zero"]
     return torch.full_like(q.params["scale"], middle(q.spec), dtype=torch.uint8)
+
+
+def bias_of(q: Quantized) -> Tensor:
+    """(G, 1) b of the affine form scale * code + b, rounded once to the dtype of the scale; exact when symmetric."""
+    scale = q.params["scale"]
+    return (-scale.float() * zeros_of(q)).to(scale.dtype)
+
+
+def zero_from_bias(scale: Tensor, bias: Tensor) -> Tensor:
+    """The inverse of `bias_of`: zero points, uint8."""
+    return (-bias.float() / scale.float()).round().to(torch.uint8)
 
 
 def _across(per_group: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -62,7 +75,7 @@ def read_gptq(
         "qzeros": (groups, shape[0] * spec.bits // packing.WORD),
         "scales": (groups, shape[0]),
     }
-    _check_shapes(tensors, expected)
+    check_shapes(tensors, expected)
     codes = packing.unpack(tensors["qweight"], spec.bits).t()
     zeros = packing.unpack(tensors["qzeros"].t(), spec.bits).t()
     zeros = (zeros + zero_offset) & ((1 << spec.bits) - 1)
@@ -83,7 +96,7 @@ def read_awq(tensors: dict[str, Tensor], spec: TensorSpec, shape: tuple[int, int
     """The inverse of `write_awq`. Raises FormatError when a tensor's shape does not fit."""
     groups, words = groups_per_row(shape, spec.group), shape[0] * AWQ_BITS // packing.WORD
     expected = {"qweight": (shape[1], words), "qzeros": (groups, words), "scales": (groups, shape[0])}
-    _check_shapes(tensors, expected)
+    check_shapes(tensors, expected)
     codes = _unpack_awq(tensors["qweight"]).t()
     return _quantized(codes, _unpack_awq(tensors["qzeros"]), tensors["scales"], spec, shape)
 
@@ -127,7 +140,8 @@ def _pad_with_zero_points(codes: Tensor, zeros: Tensor, spec: TensorSpec, size: 
     return split(torch.cat([codes, tail], dim=1), spec.group)
 
 
-def _check_shapes(tensors: dict[str, Tensor], expected: dict[str, tuple[int, int]]) -> None:
+def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise FormatError unless every tensor of `expected` is there and has that shape."""
     for name, shape in expected.items():
         if name not in tensors:
             raise FormatError(f"tensor {name} is missing; this layer needs {', '.join(expected)}")

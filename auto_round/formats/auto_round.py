@@ -21,6 +21,7 @@ from auto_round.formats.base import (
     Format,
     Provenance,
     asymmetric_eight_bits,
+    departures,
     format_named,
     indivisible,
     reject_integer,
@@ -72,14 +73,7 @@ class Packing(Format):
     def config(self, plan: Plan, provenance: Provenance) -> dict[str, object]:
         """Global settings, and `extra_config` for every layer that departs from them."""
         base = _base(plan)
-        in_blocks = tuple(f"{block}." for block in provenance.blocks)
-        extra = {}
-        for name, scheme in plan.items():
-            if not name.startswith(in_blocks):
-                extra[name] = scheme.to_flat()
-            elif scheme != base:
-                flat, default = scheme.to_flat(), base.to_flat()
-                extra[name] = {key: value for key, value in flat.items() if value != default.get(key)}
+        extra = departures(plan, base, provenance.blocks)
         config = {
             **base.to_flat(),
             "quant_method": "auto-round",

@@ -4,9 +4,10 @@ the result in a configuration; it rounds nothing and owns no file."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,15 @@ class Format(ABC):
     def config(self, plan: Plan, provenance: Provenance) -> dict[str, object] | None:
         """The quantization configuration of a checkpoint of the layers in `plan`, or None for a plain model."""
 
+    def describe(self, config: Mapping[str, Any], plan: Plan, provenance: Provenance) -> dict[str, Any]:
+        """config.json of a checkpoint of `plan`: that of the model, `config`, with what its readers look for."""
+        described = self.config(plan, provenance)
+        found = dict(config)
+        if self.dtype:
+            # Readers before transformers 4.56 know the older of the two names only.
+            found |= {"dtype": self.dtype, "torch_dtype": self.dtype}
+        return found if described is None else {**found, self.config_key: described}
+
     def remarks(self, plan: Plan) -> Iterator[str]:
         """What a user of `plan` in this format should know before the work starts."""
         yield from ()
@@ -93,7 +103,14 @@ def indivisible(shape: tuple[int, int]) -> str | None:
     return None
 
 
-def reject_integer(name: str, scheme: Scheme, bits: tuple[int, ...], remedy: str) -> str | None:
+def reject_integer(
+    name: str,
+    scheme: Scheme,
+    bits: tuple[int, ...],
+    remedy: str,
+    *,
+    scale_dtypes: tuple[str, ...] = ("float16",),
+) -> str | None:
     """The refusals that all integer layouts share: other data types, other widths, one scale for a whole tensor."""
     spec = scheme.weight
     if spec is None:
@@ -107,9 +124,22 @@ def reject_integer(name: str, scheme: Scheme, bits: tuple[int, ...], remedy: str
         return f"{name} stores {allowed} bits only, got {spec.bits}. {remedy}"
     if spec.group == 0:
         return f"{name} cannot hold group size 0 (one scale per tensor). Use -1 or a positive group size"
-    if spec.scale_dtype != "float16":
-        return f"{name} stores float16 scales only, got {spec.scale_dtype}. Leave scale_dtype at float16"
+    if spec.scale_dtype not in scale_dtypes:
+        allowed = ", ".join(scale_dtypes)
+        return f"{name} stores {allowed} scales only, got {spec.scale_dtype}. Leave scale_dtype at float16"
     return None
+
+
+def departures(plan: Plan, base: Scheme, blocks: Iterable[str]) -> dict[str, dict[str, object]]:
+    """`extra_config`: layers that differ from `base`, by their different settings; all settings outside `blocks`."""
+    inside = tuple(f"{block}." for block in blocks)
+    default, extra = base.to_flat(), {}
+    for name, scheme in plan.items():
+        if not name.startswith(inside):
+            extra[name] = scheme.to_flat()
+        elif scheme != base:
+            extra[name] = {k: v for k, v in scheme.to_flat().items() if v != default.get(k)}
+    return extra
 
 
 def asymmetric_eight_bits(plan: Plan) -> Iterator[str]:
@@ -139,7 +169,7 @@ def planned_tensors(
     return fmt.write(meta_quantized(spec, shape, act))
 
 
-PLANNED = ("llm_compressor", "auto_round:llm_compressor", "mlx", "auto_round:mlx", "fp8", "auto_round:fp8")
+PLANNED = ("llm_compressor", "auto_round:llm_compressor", "fp8", "auto_round:fp8")
 
 
 ALIASES = {

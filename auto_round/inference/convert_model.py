@@ -35,6 +35,7 @@ PACKINGS = {
     "autoround:awq": "auto_round:auto_awq",
     "autoround:auto_awq": "auto_round:auto_awq",
     "autoround:gptqmodel": "auto_round:gptqmodel",
+    "mlx": "auto_round:mlx",
 }
 """Names that configurations use -> our format."""
 

@@ -86,7 +86,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
                 name = f"{prefix}.{suffix}"
                 tensor = self._as_stored(layer, suffix, tensor)
                 infos[name] = TensorInfo(
-                    dtype if suffix == "weight" and dtype else tensor.dtype, tuple(tensor.shape)
+                    dtype if self._plain(suffix) and dtype else tensor.dtype, tuple(tensor.shape)
                 )
                 if name not in store.infos:
                     self.account.added.append(name)
@@ -97,7 +97,11 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
 
     def _as_stored(self, layer: str, suffix: str, tensor: Tensor) -> Tensor:
         """A plain weight of a layer that its model stores transposed goes to the file in that form."""
-        return tensor.t() if suffix == "weight" and self.subject.anatomy.layers[layer].transposed else tensor
+        return tensor.t() if self._plain(suffix) and self.subject.anatomy.layers[layer].transposed else tensor
+
+    def _plain(self, suffix: str) -> bool:
+        """Whether that tensor is an ordinary weight, as the model itself stores it."""
+        return suffix == "weight" and not self.format.holds_codes
 
     def __enter__(self) -> CheckpointWriter:
         source = self.subject.files.folder
@@ -172,15 +176,9 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
 
     def config(self) -> dict[str, Any]:
         """config.json: that of the model, with what the written tensors are."""
-        config = dict(self.subject.files.config)
-        if self.format.dtype:
-            # Readers before transformers 4.56 know the older of the two names only.
-            config["dtype"] = config["torch_dtype"] = self.format.dtype
+        config = self.format.describe(self.subject.files.config, self.written_plan(), self.provenance)
         if any(self.subject.unties(layer) for layer in self.plan.quantized()):
             config["tie_word_embeddings"] = False
-        described = self.format.config(self.written_plan(), self.provenance)
-        if described is not None:
-            config[self.format.config_key] = described
         return config
 
     def written_plan(self) -> Plan:

@@ -73,8 +73,46 @@ KINDS = {
 }
 """Name -> prefix of the classes in transformers, and settings."""
 
+ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+DEEPSEEK = {
+    **LLAMA_LIKE,
+    **ROUTED,
+    **LATENT,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "topk_group": 1,
+}
+LLAMA4 = {
+    "head_dim": 16,
+    "intermediate_size_mlp": INNER,
+    "num_local_experts": 4,
+    "interleave_moe_layer_step": 1,
+}
+MOES = {
+    "mixtral": ("Mixtral", {**LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {**LLAMA_LIKE, **ROUTED, "num_experts": 4, "shared_expert_intermediate_size": 64},
+    ),
+    "qwen3-moe": ("Qwen3Moe", {**LLAMA_LIKE, **ROUTED, "num_experts": 4, "head_dim": 16}),
+    "deepseek-v2": ("DeepseekV2", {**DEEPSEEK, "n_group": 1}),
+    "deepseek-v3": ("DeepseekV3", {**DEEPSEEK, "n_group": 2}),
+    "gpt-oss": ("GptOss", {**LLAMA_LIKE, **MIXED_LAYERS, **ROUTED, "num_local_experts": 4, "head_dim": 16}),
+    "llama4": ("Llama4", {**LLAMA_LIKE, **LLAMA4}),
+}
+"""The same for mixtures of four experts."""
+
 CLASSES = {"GPT2": "GPT2LMHeadModel", "Gemma3": "Gemma3ForCausalLM"}
-CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+CONFIGS = {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}
 SENTENCES = (
     "The old lady put down her letter, looked out of the window at the rain, and said nothing for a while.",
     "Quantization maps the weights of a model to a few integers; calibration text tells which of them matter.",
@@ -89,8 +127,8 @@ CHAT_TEMPLATE = (
 def tiny(
     name: str, folder: Path | None = None, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes
 ):
-    """The model `name` of `KINDS`, random; with `folder` it is saved there too, with a tokenizer."""
-    prefix, settings = KINDS[name]
+    """The model `name` of `KINDS` or `MOES`, random; with `folder` it is saved there too, with a tokenizer."""
+    prefix, settings = {**KINDS, **MOES}[name]
     config = getattr(transformers, CONFIGS.get(prefix, f"{prefix}Config"))(**{**settings, **changes})
     model = getattr(transformers, CLASSES.get(prefix, f"{prefix}ForCausalLM"))(config).to(dtype).eval()
     randomize(model, seed)

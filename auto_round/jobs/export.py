@@ -23,6 +23,7 @@ from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import TensorSpec
 from auto_round.formats.base import Format, Provenance, planned_tensors
 from auto_round.models.checkpoint import Checkpoint, ShardWriter, TensorInfo, raw_bytes
+from auto_round.models.experts import ExpertStore
 from auto_round.models.subject import Subject
 
 logger = logging.getLogger("auto_round")
@@ -62,6 +63,8 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         self._staging = folder / STAGING
         self._digests: dict[str, tuple[TensorSpec, tuple[int, int], str]] = {}
         self._written: dict[str, dict[str, str]] = {}
+        self._inside: dict[str, set[str]] = {}  # fused tensor -> plain weights yet to come that lie in it
+        self._fused: dict[str, Tensor] = {}
         self._shards = ShardWriter(self._staging, self._infos(), max_shard_bytes)
 
     @property
@@ -72,7 +75,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
     def _infos(self) -> dict[str, TensorInfo]:
         """Dtype and shape of every tensor of the checkpoint: those of the source, with quantized layers replaced."""
         store = self.subject.files.store
-        infos = dict(store.infos)
+        infos, made = dict(store.infos), set()
         for layer in self.plan.quantized():
             prefix, source = self.subject.stored_name(layer), f"{self.subject.stored_name(layer)}.weight"
             spec = self.plan[layer].weight
@@ -84,15 +87,18 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
                 self.format, spec, self.plan.shapes[layer], self.plan[layer].act
             ).items():
                 name = f"{prefix}.{suffix}"
+                made.add(name)
                 tensor = self._as_stored(layer, suffix, tensor)
                 infos[name] = TensorInfo(
                     dtype if self._plain(suffix) and dtype else tensor.dtype, tuple(tensor.shape)
                 )
                 if name not in store.infos:
                     self.account.added.append(name)
-        self.account.copied = [
-            name for name in store.infos if name in infos and name not in self.account.replaced
-        ]
+        if isinstance(store, ExpertStore):
+            infos = store.joined(infos)
+            for name in made - set(infos):
+                self._inside.setdefault(store.pieces[name].tensor, set()).add(name)
+        self.account.copied = [name for name in infos if name not in made and name not in self._inside]
         return infos
 
     def _as_stored(self, layer: str, suffix: str, tensor: Tensor) -> Tensor:
@@ -131,14 +137,39 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         hashes = {}
         for suffix, tensor in self.format.write(q).items():
             full = f"{prefix}.{suffix}"
-            tensor = self._as_stored(name, suffix, tensor).to(self._shards.infos[full].dtype)
+            tensor = self._as_stored(name, suffix, tensor).to(self._planned(full).dtype)
             try:
-                self._shards.put(full, tensor)
+                self._put(full, tensor)
             except OSError as error:
                 raise OutputError(f"output folder {self.folder} cannot be written: {error}") from error
             hashes[full] = digest({full: tensor})
         self._written[name] = hashes
         self._digests[name] = (q.spec, q.shape, digest(q.tensors()))
+
+    def _planned(self, name: str) -> TensorInfo:
+        return self._shards.infos.get(name) or self.subject.files.store.infos[name]
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor, or put it into the fused one that it belongs to, which is written when it is complete."""
+        if name in self._shards.infos:
+            self._shards.put(name, tensor)
+            return
+        store = self.subject.files.store
+        assert isinstance(store, ExpertStore), "only experts lie inside other tensors"
+        piece = store.pieces[name]
+        whole = self._fused.setdefault(piece.tensor, store.get(piece.tensor).clone())
+        piece.of(whole).copy_(tensor)
+        self._inside[piece.tensor].discard(name)
+        if not self._inside[piece.tensor]:
+            self._shards.put(piece.tensor, self._fused.pop(piece.tensor))
+
+    def _read_back(self, stored: Checkpoint, name: str) -> Tensor:
+        """The tensor called `name` of the written files."""
+        store = self.subject.files.store
+        if name in stored.infos or not isinstance(store, ExpertStore):
+            return stored.get(name)
+        piece = store.pieces[name]
+        return piece.of_expert(stored.row(piece.tensor, piece.expert))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -190,7 +221,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         """Read every quantized layer back and compare it, bit for bit, with what was handed in."""
         stored = Checkpoint(self._staging)
         for name, (spec, shape, expected) in self._digests.items():
-            tensors = {full: stored.get(full) for full in self._written[name]}
+            tensors = {full: self._read_back(stored, full) for full in self._written[name]}
             for full, tensor in tensors.items():
                 if digest({full: tensor}) != self._written[name][full]:
                     raise VerificationError(

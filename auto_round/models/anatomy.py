@@ -2,39 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from auto_round.core.errors import ModelError, PlanError
 from auto_round.models import quirks
+from auto_round.models.experts import Experts, Piece, find_experts, fuse
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One quantizable matrix: shape (O, I), whether its tensor is stored (I, O), the block it is in, if any."""
+    """One quantizable matrix: shape (O, I), whether its tensor is stored (I, O), the block it is in, if any.
+
+    piece: where it lies in a fused tensor of the module tree; `name` is then the name that checkpoints use.
+    """
 
     name: str
     shape: tuple[int, int]
     transposed: bool
     block: str | None
+    piece: Piece | None = None
 
     @property
     def tensor(self) -> str:
         """Name of its weight."""
         return f"{self.name}.weight"
 
+    @property
+    def parameter(self) -> str:
+        """Name of the parameter of the module tree that holds it, maybe among others."""
+        return self.tensor if self.piece is None else self.piece.tensor
+
+    def matrix(self, parameter: Tensor) -> Tensor:
+        """Its weight (O, I), a view of `parameter`."""
+        if self.piece is not None:
+            return self.piece.of(parameter)
+        return parameter.t() if self.transposed else parameter
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Anatomy:
-    """Blocks in order, one inner tuple per block list; layers in model order; the output head."""
+    """Blocks in order, one inner tuple per block list; layers in model order; the output head; fused experts."""
 
     layers: Mapping[str, Layer]
     block_lists: tuple[tuple[str, ...], ...]
     head: str | None
     tied: bool
+    experts: tuple[Experts, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -52,10 +71,17 @@ class Anatomy:
 
     def fused(self) -> tuple[frozenset[str], ...]:
         """Sets of layers that servers merge."""
-        found = []
+        of_experts: dict[str, list[str]] = {}
+        for name in self.layers:
+            place = experts_of(name)
+            if place is not None:
+                of_experts.setdefault(place, []).append(name)
+        found = [frozenset(names) for names in of_experts.values()]
         for names in quirks.FUSED_NAMES:
             anchor = sorted(names)[0]
             for name in self.layers:
+                if experts_of(name) is not None:
+                    continue
                 parent, _, last = name.rpartition(".")
                 group = frozenset(
                     f"{parent}.{other}" for other in names if f"{parent}.{other}" in self.layers
@@ -88,16 +114,39 @@ class Anatomy:
                 f"to_quant_block_names {wanted!r} means no block. Blocks: {', '.join(self.prefixes)}.<number>"
             )
         layers = {
-            name: layer if layer.block in kept else Layer(name, layer.shape, layer.transposed, None)
+            name: layer if layer.block in kept else replace(layer, block=None)
             for name, layer in self.layers.items()
         }
-        return Anatomy(
-            layers=layers, block_lists=self.block_lists, head=self.head, tied=self.tied, notes=self.notes
-        )
+        return replace(self, layers=layers)
 
 
 def _means(part: str, block: str) -> bool:
     return f"{block}.".startswith(f"{part.rstrip('.')}.") or part.rstrip(".") in block.rsplit(".", 1)[0]
+
+
+def parameters_for(
+    layers: Mapping[str, Layer], weights: Mapping[str, Tensor], original: Callable[[str], Tensor]
+) -> dict[str, Tensor]:
+    """Parameter name -> its value once the layers have `weights` (O, I); differentiable.
+
+    original: the parameter of a name, for those matrices of a fused one that keep their values.
+    """
+    found: dict[str, Tensor] = {}
+    pieces: dict[str, dict[Piece, Tensor]] = {}
+    for name, weight in weights.items():
+        layer = layers[name]
+        if layer.piece is not None:
+            pieces.setdefault(layer.parameter, {})[layer.piece] = weight
+        else:
+            found[layer.parameter] = weight.t() if layer.transposed else weight
+    found.update({name: fuse(own, original(name)) for name, own in pieces.items()})
+    return found
+
+
+def experts_of(layer: str) -> str | None:
+    """Where the experts are that `layer` is one of ("model.layers.0.mlp.experts"), or None."""
+    found = re.match(r"(.*\.experts)\.\d+\.", layer)
+    return found[1] if found else None
 
 
 def is_matrix(module: nn.Module) -> bool:
@@ -137,10 +186,13 @@ def anatomy(model: nn.Module) -> Anatomy:
     owner = {block: block for blocks in lists for block in blocks}
     layers: dict[str, Layer] = {}
     head = _head_name(model)
+    experts = {module.path: module for module in find_experts(model)}
     for name, module in model.named_modules():
+        block = next((owner[prefix] for prefix in _prefixes(name) if prefix in owner), None)
+        if name in experts and block is not None:
+            layers.update(_expert_layers(experts[name], module, block))
         if not is_matrix(module):
             continue
-        block = next((owner[prefix] for prefix in _prefixes(name) if prefix in owner), None)
         if name.endswith(quirks.ROUTER_ENDINGS) or (
             block is None and any(w in name for w in quirks.NON_TEXT_WORDS)
         ):
@@ -151,8 +203,21 @@ def anatomy(model: nn.Module) -> Anatomy:
         block_lists=tuple(lists),
         head=head,
         tied=_is_tied(model, head),
-        notes=tuple(_notes(model, owner)),
+        experts=tuple(
+            module for module in experts.values() if any(p in owner for p in _prefixes(module.path))
+        ),
+        notes=tuple(_notes(model, owner, layers.values())),
     )
+
+
+def _expert_layers(experts: Experts, module: nn.Module, block: str) -> dict[str, Layer]:
+    found = {}
+    for name, piece in experts.pieces():
+        parameter = module.get_parameter(piece.tensor.rpartition(".")[2])
+        own = torch.empty(parameter.shape[1:], device="meta")
+        rows, columns = piece.of_expert(own).shape
+        found[name] = Layer(name, (rows, columns), False, block, piece)
+    return found
 
 
 def _prefixes(name: str) -> Iterator[str]:
@@ -175,14 +240,15 @@ def _is_tied(model: nn.Module, head: str | None) -> bool:
     return shared or bool(config.get_text_config().tie_word_embeddings)
 
 
-def _notes(model: nn.Module, blocks: Mapping[str, str]) -> Iterator[str]:
+def _notes(model: nn.Module, blocks: Mapping[str, str], layers: Iterable[Layer]) -> Iterator[str]:
+    known = {layer.parameter for layer in layers}
     stacked = [
         name
         for name, p in model.named_parameters()
-        if p.ndim == 3 and any(x in blocks for x in _prefixes(name))
+        if p.ndim == 3 and name not in known and any(x in blocks for x in _prefixes(name))
     ]
     if stacked:
         yield (
-            f"{len(stacked)} fused expert tensors such as {stacked[0]} stay in floating point: "
-            "quantizing fused experts is not there yet"
+            f"{len(stacked)} three-dimensional tensors such as {stacked[0]} stay in floating point: "
+            f"how {type(model.get_submodule(stacked[0].rpartition('.')[0])).__name__} uses them is not known"
         )

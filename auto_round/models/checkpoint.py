@@ -13,7 +13,7 @@ import os
 import re
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -67,6 +67,10 @@ class TensorStore(ABC):
     def get(self, name: str) -> Tensor:
         """The tensor called `name`."""
 
+    def row(self, name: str, index: int) -> Tensor:
+        """One entry of the first dimension of the tensor called `name`."""
+        return self.get(name)[index]
+
 
 class StateDict(TensorStore):
     """The tensors of a live model; a tensor shared by several names is stored under the first."""
@@ -109,6 +113,10 @@ class Checkpoint(TensorStore):
     def get(self, name: str) -> Tensor:
         """The tensor called `name`, read now."""
         return self._shards[self._where[name]].get_tensor(name)
+
+    def row(self, name: str, index: int) -> Tensor:
+        """One entry of the first dimension, without reading the others."""
+        return self._shards[self._where[name]].get_slice(name)[index]
 
 
 def natural(name: str) -> list[object]:
@@ -295,14 +303,20 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def names_match(layers: Iterable[str], infos: Mapping[str, TensorInfo], prefix: str) -> dict[str, str] | None:
+def names_match(
+    layers: Iterable[str],
+    infos: Mapping[str, TensorInfo],
+    prefix: str,
+    saved: Callable[[str], str] = str,
+) -> dict[str, str] | None:
     """Tensor name in the module tree -> name in the checkpoint, which may lack or add the base model's `prefix`.
 
-    None when some tensor is not found either way.
+    saved: how checkpoints of this architecture spell a name, where that differs. None when some tensor is not found.
     """
     found: dict[str, str] = {}
     for name in layers:
-        candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        spellings = dict.fromkeys((name, saved(name)))
+        candidates = [c for s in spellings for c in (s, s.removeprefix(f"{prefix}."), f"{prefix}.{s}")]
         match = next((candidate for candidate in candidates if candidate in infos), None)
         if match is None:
             return None

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from auto_round.core.errors import ModelError, nearest
 from auto_round.core.settings import settings
 from auto_round.models import quirks
-from auto_round.models.checkpoint import Checkpoint, StateDict, TensorStore, has_safetensors
+from auto_round.models.checkpoint import Checkpoint, TensorStore, has_safetensors
+from auto_round.models.experts import live_store
 
 logger = logging.getLogger("auto_round")
 
@@ -122,7 +123,7 @@ def of_live_model(model: nn.Module, tokenizer: Any) -> ModelFiles:
     config.pop("_name_or_path", None)
     savers = [tokenizer, getattr(model, "generation_config", None)]
     return ModelFiles(
-        store=StateDict(model.state_dict()), config=config, savers=tuple(s for s in savers if s is not None)
+        store=live_store(model), config=config, savers=tuple(s for s in savers if s is not None)
     )
 
 

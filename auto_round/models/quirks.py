@@ -11,6 +11,9 @@ FUSED_NAMES = (
 ROUTER_ENDINGS = (".gate", ".router", ".shared_expert_gate", ".gate.wg")
 """Matrices that choose experts: tiny, and never quantized."""
 
+FUSED_EXPERTS = {"Llama4TextExperts": (True, False)}
+"""Modules of fused experts that do not tell their layout: class name -> (stored (I, O), gate and up interleaved)."""
+
 NON_TEXT_WORDS = (
     "vision",
     "visual",

@@ -14,7 +14,8 @@ from auto_round.core.errors import ModelError
 from auto_round.core.plan import Plan
 from auto_round.models import load
 from auto_round.models.anatomy import Anatomy, anatomy
-from auto_round.models.checkpoint import StateDict, names_match
+from auto_round.models.checkpoint import Checkpoint, names_match
+from auto_round.models.experts import SavedNames, live_store, split_store
 from auto_round.models.load import ModelFiles
 
 logger = logging.getLogger("auto_round")
@@ -61,18 +62,19 @@ def open_subject(
     body = anatomy(tree).narrowed(blocks)
     own = [layer for layer in body.layers.values() if layer.name != body.head or not body.tied]
     wanted = {*named, *([body.head] if head else [])}
-    prefix = str(tree.base_model_prefix)
+    prefix, saved = str(tree.base_model_prefix), SavedNames(tree).renamed
+    if isinstance(files.store, Checkpoint):
+        files = replace(files, store=split_store(files.store, body.experts, prefix, whole=True))
     needed = [layer.tensor for layer in own if layer.block is not None or layer.name in wanted]
-    names = names_match(needed, files.store.infos, prefix)
-    # transformers 5 renames some heads while loading (embed_out of GPT-NeoX); one that stays float needs no name.
-    if names is not None:
-        for layer in own:
-            names.update(names_match([layer.tensor], files.store.infos, prefix) or {})
-    else:
-        # transformers renames tensors of some architectures while loading; the live names are always consistent.
+    names = names_match(needed, files.store.infos, prefix, saved)
+    if names is None:
+        # A checkpoint of other names than transformers knows; those of the live model are always consistent.
         logger.info("tensor names of the checkpoint differ from the model's; writing the model's own names")
-        files = replace(files, store=StateDict(load_live().state_dict()))
-        names = {layer.tensor: layer.tensor for layer in own}
+        files = replace(files, store=live_store(load_live()))
+        names = names_match(needed, files.store.infos, prefix, saved)
+        assert names is not None, "a live model has the tensors of its own layers"
+    for layer in own:  # one that stays float needs no name
+        names.update(names_match([layer.tensor], files.store.infos, prefix, saved) or {})
     if body.tied and body.head is not None:
         names[body.layers[body.head].tensor] = _embedding_tensor(tree, files, prefix)
     return Subject(anatomy=body, files=files, names=names)
@@ -101,7 +103,7 @@ def _embedding_tensor(tree: nn.Module, files: ModelFiles, prefix: str) -> str:
     """Name in the checkpoint of the input embedding."""
     embedding = tree.get_input_embeddings()  # type: ignore[operator]
     name = next(name for name, module in tree.named_modules() if module is embedding)
-    matched = names_match([f"{name}.weight"], files.store.infos, prefix)
+    matched = names_match([f"{name}.weight"], files.store.infos, prefix, SavedNames(tree).renamed)
     if matched is None:
         raise ModelError(f"{name}.weight: the tied embedding is not in the checkpoint")
     return matched[f"{name}.weight"]

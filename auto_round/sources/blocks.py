@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from auto_round.core.errors import ModelError
-from auto_round.models.anatomy import Anatomy, Layer
+from auto_round.models.anatomy import Anatomy, Layer, parameters_for
 from auto_round.models.capture import Call, Calls, Pass, Recorder, input_after_blocks, varies
 from auto_round.sources.base import Block, Needs, Source
 from auto_round.sources.dataset import Calibration
@@ -57,7 +57,7 @@ class LiveBlock(Block):
         self._home = next(module.parameters()).device
         module.to(execution.device)
         self.weights = {
-            layer: self._oriented(layers[layer], self._weight(layer).detach()) for layer in layers
+            n: layer.matrix(self._parameter(layer.parameter).detach()) for n, layer in layers.items()
         }
         self._importance: dict[str, Tensor] = {}
 
@@ -69,7 +69,8 @@ class LiveBlock(Block):
 
     def observe(self, *, statistics: bool) -> None:
         """Run the original block over all samples: its targets, and the second moments of its layers' inputs."""
-        hooks = [self._gather(name) for name in self._layers] if statistics else []
+        plain = [name for name, layer in self._layers.items() if layer.piece is None]
+        hooks = [self._gather(name) for name in plain] if statistics else []
         self._targets = torch.empty_like(self._chain.plain)
         for rows in self.batches():
             self._rows = rows
@@ -91,7 +92,7 @@ class LiveBlock(Block):
             with torch.autocast(x.device.type, enabled=False):
                 total.addmm_(x.t(), x) if whole else total.add_(x.square().sum(0))
 
-        return self._submodule(layer).register_forward_pre_hook(add)
+        return self.module.get_submodule(self._inside(layer)).register_forward_pre_hook(add)
 
     def importance(self, layer: str) -> Tensor | None:
         """Sum of squares of each input channel over all samples."""
@@ -117,9 +118,8 @@ class LiveBlock(Block):
     def _forward(self, hidden: Tensor, rows: Sequence[int], weights: Mapping[str, Tensor] | None) -> Tensor:
         device = self._execution.device
         call = self._calls.batch(rows, device)
-        parameters = {
-            self._parameter(n): self._oriented(self._layers[n], w) for n, w in (weights or {}).items()
-        }
+        replaced = parameters_for(self._layers, weights or {}, self._parameter)
+        parameters = {self._inside(name): value for name, value in replaced.items()}
 
         def module(*args: object, **kwargs: object) -> object:
             return (
@@ -144,23 +144,17 @@ class LiveBlock(Block):
     @torch.no_grad()
     def settle(self, replaced: Mapping[str, Tensor]) -> None:
         """Leave the module as found, in its own dtypes and place, with the weights `replaced`."""
-        for layer, weight in replaced.items():
-            self._weight(layer).data = self._oriented(self._layers[layer], weight)
+        for name, value in parameters_for(self._layers, replaced, self._parameter).items():
+            self._parameter(name).data = value
         for key, tensor in self.module.state_dict(keep_vars=True).items():
             tensor.data = tensor.data.to(self._home, self._dtypes[key]).contiguous()
 
-    def _submodule(self, layer: str) -> nn.Module:
-        return self.module.get_submodule(layer.removeprefix(f"{self.name}."))
+    def _inside(self, name: str) -> str:
+        """Name of a parameter of the model as seen from this block."""
+        return name.removeprefix(f"{self.name}.")
 
-    def _parameter(self, layer: str) -> str:
-        return f"{layer.removeprefix(f'{self.name}.')}.weight"
-
-    def _weight(self, layer: str) -> nn.Parameter:
-        return self.module.get_parameter(self._parameter(layer))
-
-    @staticmethod
-    def _oriented(layer: Layer, weight: Tensor) -> Tensor:
-        return weight.t() if layer.transposed else weight
+    def _parameter(self, name: str) -> nn.Parameter:
+        return self.module.get_parameter(self._inside(name))
 
 
 class OutsideBlock(Block):

@@ -1,0 +1,104 @@
+"""Mixtures of experts: every expert matrix is a layer under its checkpoint name, tuned, written, loaded."""
+
+import pytest
+import torch
+from models import MOES, samples, tiny
+from safetensors.torch import load_file
+
+from auto_round import AutoRound
+from auto_round.models.anatomy import anatomy
+from auto_round.models.subject import open_subject
+
+SMALL = {"group_size": 32, "seqlen": 32, "batch_size": 4}
+RTN = {**SMALL, "iters": 0, "disable_opt_rtn": True}
+PROJECTIONS = {"mixtral": ("w1", "w3", "w2")}
+PLACES = {"mixtral": "block_sparse_moe.experts", "llama4": "feed_forward.experts"}
+FIRST_MOE_BLOCK = {"deepseek-v2": 1, "deepseek-v3": 1}
+
+each_moe = pytest.mark.parametrize("name", MOES)
+
+
+def expected_layers(name):
+    """The names of all expert matrices, as servers know them."""
+    place, last = (
+        PLACES.get(name, "mlp.experts"),
+        PROJECTIONS.get(name, ("gate_proj", "up_proj", "down_proj")),
+    )
+    blocks = range(FIRST_MOE_BLOCK.get(name, 0), 2)
+    return {f"model.layers.{b}.{place}.{e}.{p}" for b in blocks for e in range(4) for p in last}
+
+
+def subject_of(folder=None, model=None):
+    """The subject of a folder, or of a live model."""
+    return open_subject(folder, model, lambda: model, tokenizer=None, trust_remote_code=False, blocks=None)
+
+
+def files_of(folder):
+    """Name -> bytes of the weight files."""
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+@each_moe
+def test_every_expert_matrix_is_a_layer_and_no_router_is(name):
+    body = anatomy(tiny(name))
+    assert {layer for layer in body.layers if ".experts." in layer} == expected_layers(name)
+    assert not [layer for layer in body.layers if layer.endswith((".gate", ".router", "shared_expert_gate"))]
+    assert not body.notes
+
+
+@each_moe
+def test_the_experts_of_a_block_are_one_fused_set(name):
+    body = anatomy(tiny(name))
+    sets = [group for group in body.fused() if any(".experts." in layer for layer in group)]
+    assert set().union(*sets) == expected_layers(name)
+    assert len(sets) == 2 - FIRST_MOE_BLOCK.get(name, 0)
+
+
+@each_moe
+def test_a_live_model_and_its_folder_show_the_same_tensors(name, tmp_path):
+    model = tiny(name, tmp_path)
+    live, stored = subject_of(model=model), subject_of(tmp_path)
+    assert dict(live.names) == dict(stored.names)
+    assert set(live.files.store.infos) == set(stored.files.store.infos)
+    for tensor in live.files.store.infos:
+        assert torch.equal(live.files.store.get(tensor), stored.files.store.get(tensor)), tensor
+
+
+def test_pieces_are_the_matrices_that_an_expert_multiplies_by():
+    model = tiny("gpt-oss")
+    experts = model.model.layers[0].mlp.experts
+    layers = anatomy(model).layers
+    x = torch.randn(5, 64)
+    both = x @ experts.gate_up_proj[2] + experts.gate_up_proj_bias[2]
+    for part, name in enumerate(("gate_proj", "up_proj")):
+        layer = layers[f"model.layers.0.mlp.experts.2.{name}"]
+        own = x @ layer.matrix(experts.gate_up_proj).T + experts.gate_up_proj_bias[2, part::2]
+        torch.testing.assert_close(own, both[:, part::2])
+
+
+@each_moe
+def test_streamed_bytes_are_the_bytes_made_in_memory(name, tmp_path):
+    model = tiny(name, tmp_path / "model")
+    AutoRound(tmp_path / "model", **RTN).quantize_and_save(tmp_path / "a", format="auto_round,fake")
+    AutoRound(model, **RTN).quantize_and_save(tmp_path / "b", format="auto_round,fake")
+    for fmt in ("auto-round", "fake"):
+        assert files_of(tmp_path / "a" / fmt) == files_of(tmp_path / "b" / fmt)
+    packed = load_file(tmp_path / "a" / "auto-round" / "model.safetensors")
+    assert {f"{layer}.qweight" for layer in expected_layers(name)} <= set(packed)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+def test_experts_left_in_floating_point_are_stored_as_they_were(name, tmp_path):
+    tiny(name, tmp_path / "model")
+    AutoRound(tmp_path / "model", ignore_layers=".experts.", **RTN).quantize_and_save(tmp_path / "out")
+    before, after = (load_file(tmp_path / part / "model.safetensors") for part in ("model", "out"))
+    experts = [tensor for tensor in before if ".experts." in tensor]
+    assert experts and all(torch.equal(before[tensor], after[tensor]) for tensor in experts)
+
+
+def test_tuning_is_the_same_for_a_folder_and_a_live_model(tmp_path):
+    model = tiny("gpt-oss", tmp_path / "model")
+    options = {**SMALL, "iters": 3, "nsamples": 4, "dataset": samples(4)}
+    AutoRound(tmp_path / "model", **options).quantize_and_save(tmp_path / "a")
+    AutoRound(model, **options).quantize_and_save(tmp_path / "b")
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")

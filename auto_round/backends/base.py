@@ -1,17 +1,29 @@
-"""What a kernel library must offer, and the choice among them for one layer."""
+"""What a kernel library must offer, what it can hold, and the choice among them for one layer."""
 
 from __future__ import annotations
 
+import importlib.metadata
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
-from torch import nn
+from packaging.requirements import Requirement
+from torch import Tensor, nn
 
-from auto_round.core.errors import FormatError, nearest
+from auto_round.codecs.base import codec_of
+from auto_round.core.errors import AutoRoundError, FormatError, nearest
+from auto_round.core.quantized import Quantized
 from auto_round.core.registry import discover
 from auto_round.core.scheme import TensorSpec
-from auto_round.formats.base import Format
+from auto_round.formats.base import Format, planned_tensors
+
+GPTQ = ("auto_round:auto_gptq", "auto_gptq")  # zero points stored less one: the guide's gptq_zp+-1
+GPTQ_PLAIN = ("auto_round:gptqmodel",)  # the guide's gptq
+AWQ = ("auto_round:auto_awq", "auto_awq")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,34 +39,203 @@ class Site:
     bias: torch.dtype | None
     act: TensorSpec | None = None
 
+    @property
+    def kind(self) -> str:
+        """What layers that any backend treats alike have in common, in words."""
+        inputs = "" if self.act is None else f", inputs {self.act}"
+        return f"{self.spec}{inputs} ({self.format.name}, {str(self.dtype).removeprefix('torch.')}, {self.device})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a kernel library can hold: one row of the backend table.
+
+    groups: allowed group sizes, None for any. symmetric: allowed values. multiple_of: what O and I must divide by.
+    types: data types of the weights. Quantized inputs are outside all limits.
+    """
+
+    devices: tuple[str, ...]
+    bits: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    packings: tuple[str, ...]
+    groups: tuple[int, ...] | None = None
+    symmetric: tuple[bool, ...] = (True, False)
+    multiple_of: tuple[int, int] = (1, 1)
+    types: tuple[str, ...] = ("int",)
+
+    def reject(self, site: Site) -> str | None:
+        """Why `site` is outside these limits, or None."""
+        given = (
+            ("device", site.device.split(":")[0], self.devices),
+            ("packing", site.format.name, self.packings),
+            ("data type", site.spec.dtype, self.types),
+            ("bits", site.spec.bits, self.bits),
+            ("group size", site.spec.group, self.groups),
+            ("symmetric", site.spec.sym, self.symmetric),
+            ("compute dtype", site.dtype, self.dtypes),
+        )
+        for what, value, allowed in given:
+            if allowed is not None and value not in allowed:
+                return f"{what} {value} is not among {', '.join(str(a) for a in allowed)}".replace(
+                    "torch.", ""
+                )
+        if site.act is not None:
+            return f"inputs are quantized ({site.act})"
+        for side, size, unit in zip(("rows", "columns"), site.shape, self.multiple_of):
+            if size % unit:
+                return f"{size} {side} are no multiple of {unit}"
+        return None
+
 
 class Kernel(nn.Module):
-    """A layer of a loaded checkpoint, as some backend runs it."""
+    """A layer of a loaded checkpoint, as some backend runs it.
 
-    backend: str
-    site: Site
+    It starts with the checkpoint's tensors as empty buffers on the meta device. A backend that needs another layout
+    swaps them in `finish` with `replace`, and overrides `quantized`; saving writes the checkpoint's tensors again.
+    """
+
+    def __init__(self, site: Site, backend: str) -> None:
+        super().__init__()
+        self.backend, self.site = backend, site
+        self.in_features, self.out_features = site.shape[1], site.shape[0]
+        for suffix, tensor in planned_tensors(site.format, site.spec, site.shape, site.act).items():
+            self.register_buffer(suffix, torch.empty_like(tensor))
+        self.packed = tuple(name for name, _ in self.named_buffers())
+        bias = None if site.bias is None else torch.empty(site.shape[0], dtype=site.bias, device="meta")
+        self.bias: Tensor | None
+        self.register_buffer("bias", bias)
+
+    def quantized(self) -> Quantized:
+        """What the layer holds. Raises FormatError for tensors that do not fit."""
+        tensors = {name: self.get_buffer(name) for name in self.packed}
+        return self.site.format.read(tensors, self.site.spec, self.site.shape)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight (O, I) in `dtype`."""
+        return codec_of(self.site.spec).dequantize(self.quantized()).to(dtype)
+
+    def checked(self) -> Quantized:
+        """`quantized`, after loading. Raises FormatError naming the layer for missing or damaged tensors."""
+        for name in self.packed:
+            if self.get_buffer(name).device.type == "meta":
+                raise FormatError(f"{self.site.name}.{name} is missing from the checkpoint")
+        try:
+            q = self.quantized()
+        except AutoRoundError as error:
+            raise FormatError(f"{self.site.name}: {error}") from error
+        if not all(bool(torch.isfinite(t).all()) for t in q.params.values() if t.is_floating_point()):
+            raise FormatError(
+                f"{self.site.name}: scales that are NaN or Inf; copy or download the checkpoint again"
+            )
+        return q
+
+    def replace(self, **tensors: Tensor) -> None:
+        """Hold `tensors` in the place of the checkpoint's, which `quantized` must be able to give back."""
+        for name in self.packed:
+            del self._buffers[name]
+        self.packed = ()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.packed:
+            for name, tensor in self.site.format.write(self.quantized()).items():
+                destination[prefix + name] = tensor
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        """Move as modules do; codes and scales keep their dtypes."""
+        before = {name: tensor for name, tensor in self.named_buffers() if name != "bias"}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = self.get_buffer(name)
+            if moved.dtype != tensor.dtype:
+                # A model cast to bfloat16 must not round its scales: the codes were made for these.
+                self._buffers[name] = tensor.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        size = f"{self.in_features}, {self.out_features}"
+        return f"{size}, {self.site.spec}, format={self.site.format.name}, backend={self.backend}"
 
 
 class Backend(ABC):
-    """One kernel library."""
+    """One kernel library: where it can run (`limits`, any one row), and what it needs (`requires`)."""
 
     name: str
     aliases: tuple[str, ...] = ()
     priority: int
-    devices: tuple[str, ...]
+    limits: tuple[Limits, ...]
+    requires: tuple[str, ...] = ()  # distributions, as pip names them, with versions
     summary: str
 
-    @abstractmethod
     def reject(self, site: Site) -> str | None:
-        """Why this backend cannot run `site`, or None."""
+        """Why this backend cannot run `site`, whatever is installed, or None."""
+        reasons = [row.reject(site) for row in self.limits]
+        if None in reasons:
+            return None
+        # The most telling row is one that already agrees about the device.
+        near = [r for row, r in zip(self.limits, reasons) if site.device.split(":")[0] in row.devices]
+        return (near or reasons)[0]
+
+    def missing(self) -> str | None:
+        """What this machine lacks for the backend and how to get it, or None."""
+        unmet = [text for text in self.requires if not is_met(text)]
+        if not unmet:
+            return None
+        return f"needs {', '.join(_with_found(text) for text in unmet)}: pip install {_quoted(unmet)}"
 
     @abstractmethod
     def build(self, site: Site) -> Kernel:
         """An empty module on the meta device whose buffers have the names, shapes and dtypes of the checkpoint."""
 
+    @abstractmethod
     def finish(self, module: Kernel, *, cache: bool) -> None:
         """After loading: check, repack. `cache` allows keeping a dequantized copy of the weight."""
+
+
+def has_device(kind: str) -> bool:
+    """Whether torch can put a tensor on a device of this kind here."""
+    try:
+        torch.empty(0, device=kind)
+    # torch says it in four ways: not compiled in, no driver, unknown name, module of the vendor not imported.
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+        return False
+    return True
+
+
+@cache
+def found_version(distribution: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def is_met(requirement: str) -> bool:
+    """Whether an installed distribution satisfies `requirement` ("torch>=2.8")."""
+    wanted = Requirement(requirement)
+    found = found_version(wanted.name)
+    return found is not None and wanted.specifier.contains(found, prereleases=True)
+
+
+def _with_found(requirement: str) -> str:
+    found = found_version(Requirement(requirement).name)
+    return requirement if found is None else f"{requirement} (here: {found})"
+
+
+def _quoted(requirements: list[str]) -> str:
+    return " ".join(f'"{r}"' if any(c in r for c in "<>") else r for r in requirements)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The backend for one layer, and the better ones that this machine lacks: name -> what is missing."""
+
+    backend: Backend
+    better: Mapping[str, str]
 
 
 def backends() -> dict[str, Backend]:
@@ -63,24 +244,37 @@ def backends() -> dict[str, Backend]:
     return dict(sorted(found.items(), key=lambda item: (-item[1].priority, item[0])))
 
 
-def choose(site: Site, wanted: str = "auto") -> Backend:
-    """The best backend for `site`, or the one called `wanted`.
-
-    Raises FormatError with every backend's reason when none can run it.
-    """
+def named(wanted: str) -> dict[str, Backend]:
+    """The backends that `wanted`, a name or an alias, stands for, best first. Raises FormatError."""
     known = backends()
-    if wanted != "auto":
-        named = [b for b in known.values() if wanted == b.name or wanted in b.aliases]
-        if not named:
-            every = [name for b in known.values() for name in (b.name, *b.aliases)]
-            raise FormatError(
-                f"backend {wanted!r} is unknown.{nearest(wanted, every)} Available: auto, {', '.join(every)}"
-            )
-        known = {b.name: b for b in named}
-    reasons = {name: backend.reject(site) for name, backend in known.items()}
-    for name, reason in reasons.items():
-        if reason is None:
-            return known[name]
-    raise FormatError(
-        f"{site.name}: no backend can run it. " + "; ".join(f"{n}: {r}" for n, r in reasons.items())
-    )
+    key = wanted.strip().casefold()
+    if key in ("auto", "none", ""):
+        return known
+    meant = {b.name: b for b in known.values() if key == b.name or key in b.aliases}
+    if not meant:
+        every = sorted({name for b in known.values() for name in (b.name, *b.aliases)})
+        raise FormatError(
+            f"backend {wanted!r} is unknown.{nearest(key, every)} Available: auto, {', '.join(every)}"
+        )
+    return meant
+
+
+def choose(site: Site, wanted: str = "auto") -> Choice:
+    """The best backend for `site` among those that `wanted` stands for.
+
+    Raises FormatError with the reason of every one of them when none can run it here.
+    """
+    reasons: dict[str, str] = {}
+    lacking: dict[str, str] = {}
+    for name, backend in named(wanted).items():
+        reason = backend.reject(site)
+        if reason is not None:
+            reasons[name] = reason
+            continue
+        missing = backend.missing()
+        if missing is None:
+            return Choice(backend, lacking)
+        reasons[name] = lacking[name] = missing
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    asked = "no backend can run it" if wanted == "auto" else f"backend {wanted!r} cannot run it"
+    raise FormatError(f"{site.name}: {asked}. {told}")

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+import torch
+from rich.console import Console, Group
 from rich.table import Table
 
-from auto_round.backends.base import backends
+from auto_round.backends.base import AWQ, GPTQ, GPTQ_PLAIN, Backend, backends, has_device
 from auto_round.codecs.base import presets
 from auto_round.core.errors import PlanError, nearest
 from auto_round.formats.base import formats
 from auto_round.recipes import ALGORITHMS, RECIPES
 
+SHORT = {torch.float32: "FP32", torch.float16: "FP16", torch.bfloat16: "BF16"}
+PACKING_WORDS = {
+    **dict.fromkeys(GPTQ_PLAIN, "gptq"),
+    **dict.fromkeys(GPTQ, "gptq_zp+-1"),
+    **dict.fromkeys(AWQ, "awq"),
+}
+"""Formats, by the words of the user guide's backend table."""
 PROBE = (4096, 4096)  # a layer shape that every format can divide
 
 
@@ -48,17 +56,34 @@ def _schemes() -> Table:
     return table
 
 
-def _backends() -> Table:
-    table = Table("backend", "aliases", "devices", "priority", "what it is", title="inference backends")
+def _backends() -> Group:
+    """One row per kind of layer that a backend runs; then, per backend, whether it is usable here and why not."""
+    columns = ("backend", "devices", "bits", "dtypes", "rank", "packing")
+    limits = Table(*columns, title="inference backends, best first")
+    here = Table("backend", "usable here", "also called", title="on this machine")
+    for column in (*limits.columns, *here.columns):
+        column.overflow = "fold"
     for name, backend in backends().items():
-        table.add_row(
-            name,
-            ", ".join(backend.aliases),
-            ", ".join(backend.devices),
-            str(backend.priority),
-            backend.summary,
-        )
-    return table
+        for row in backend.limits:
+            limits.add_row(
+                name,
+                "/".join(row.devices),
+                ",".join(str(bits) for bits in row.bits),
+                "/".join(SHORT.get(dtype, str(dtype)) for dtype in row.dtypes),
+                str(backend.priority),
+                "/".join(dict.fromkeys(PACKING_WORDS.get(packing, packing) for packing in row.packings)),
+            )
+        here.add_row(name, _here(backend), ", ".join(backend.aliases))
+    return Group(limits, here)
+
+
+def _here(backend: Backend) -> str:
+    """ "yes", or what this machine lacks."""
+    devices = dict.fromkeys(device for row in backend.limits for device in row.devices)
+    if not any(has_device(device) for device in devices):
+        return f"no: there is no {' or '.join(devices)} device"
+    missing = backend.missing()
+    return f"yes: {backend.summary}" if missing is None else f"no: {missing}"
 
 
 def _algorithms() -> Table:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from auto_round.backends.base import Kernel, Site, backends, choose
+from auto_round.backends.base import Choice, Kernel, Site, backends, choose
 from auto_round.core.errors import FormatError, SchemeError
 from auto_round.core.scheme import Scheme
 from auto_round.core.settings import settings
@@ -63,7 +63,8 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
     config = _as_dict(model.config.quantization_config)  # type: ignore[union-attr]
     fmt = _format_of(config)
     wanted = str(config.get("backend", "auto"))
-    used: Counter[str] = Counter()
+    choices: dict[str, Choice] = {}
+    counts: Counter[str] = Counter()
     for name, scheme in _schemes(model, config).items():
         spec = scheme.weight
         old = model.get_submodule(name)
@@ -82,24 +83,27 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
             dtype=old.weight.dtype,  # type: ignore[arg-type]
             bias=None if bias is None else bias.dtype,
         )
-        backend = choose(site, "auto" if wanted in ("auto", "None") else wanted)
+        choice = choose(site, wanted)
         parent, _, last = name.rpartition(".")
         owner = model.get_submodule(parent)
         try:
-            setattr(owner, last, backend.build(site))
+            setattr(owner, last, choice.backend.build(site))
         except SchemeError as error:
             raise FormatError(f"{name}: {error}") from error
         # transformers 5 initializes some layers through their parents: GPT2Attention fills c_proj.weight, now gone.
         if parent:
             owner._is_hf_initialized = True  # type: ignore[assignment]
-        used[backend.name] += 1
-    if not used:
+        kind = f"{site.kind} run on {choice.backend.name} ({choice.backend.summary})"
+        choices[kind] = choice
+        counts[kind] += 1
+    if not choices:
         raise FormatError(
             f"quantization_config names no layer of {type(model).__name__}; block_name_to_quantize may be wrong"
         )
-    for name, count in used.items():
-        logger.info("%d layers run on backend %s (%s)", count, name, backends()[name].summary)
-    return model, list(used)
+    for kind, choice in choices.items():
+        better = "".join(f"; {name} would be faster: {what}" for name, what in choice.better.items())
+        logger.info("%d layers %s%s", counts[kind], kind, better)
+    return model, sorted({choice.backend.name for choice in choices.values()})
 
 
 def post_init(model: nn.Module, used_backends: list[str]) -> None:

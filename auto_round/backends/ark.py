@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from auto_round.backends.base import AWQ, FLOATS, GPTQ, GPTQ_PLAIN, Backend, Kernel, Limits, Site
-from auto_round.core.groups import group_size, groups_per_row, merge, split
+from auto_round.core.groups import group_size, merge, split
 from auto_round.core.layouts import middle
 from auto_round.core.quantized import Quantized
 
@@ -99,7 +99,7 @@ class Ark(Backend):
     def reject(self, site: Site) -> str | None:
         """Its limits, and whole groups: the library has no short last group."""
         size = group_size(site.shape, site.spec.group)
-        if site.spec.group > 0 and groups_per_row(site.shape, site.spec.group) * size != site.shape[1]:
+        if site.shape[1] % size:
             return f"rows of {site.shape[1]} are not divided by groups of {size}"
         return super().reject(site)
 

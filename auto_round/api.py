@@ -24,8 +24,8 @@ from auto_round.formats.base import Format, Provenance, parse_formats
 from auto_round.jobs.export import CheckpointWriter
 from auto_round.jobs.quantize import Observer, Writer, quantize
 from auto_round.models import load
-from auto_round.models.checkpoint import parse_size
 from auto_round.models.device import execution_dtype, pick_device
+from auto_round.models.shards import parse_size
 from auto_round.models.subject import Subject, check_sources, open_subject
 from auto_round.options import Options
 from auto_round.recipes import Recipe, algorithm_named

@@ -21,7 +21,7 @@ from auto_round.core.errors import (
     PlanError,
     SchemeError,
 )
-from auto_round.models.checkpoint import ShardWriter
+from auto_round.models.shards import ShardWriter
 
 RTN = {"iters": 0, "disable_opt_rtn": True, "group_size": 32}
 TUNED = {"iters": 2, "nsamples": 4, "seqlen": 32, "batch_size": 2, "group_size": 32}

@@ -22,8 +22,9 @@ from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import TensorSpec
 from auto_round.formats.base import Format, Provenance, planned_tensors
-from auto_round.models.checkpoint import Checkpoint, ShardWriter, TensorInfo, raw_bytes
+from auto_round.models.checkpoint import Checkpoint, TensorInfo
 from auto_round.models.experts import ExpertStore
+from auto_round.models.shards import ShardWriter, raw_bytes
 from auto_round.models.subject import Subject
 
 logger = logging.getLogger("auto_round")

@@ -1,8 +1,7 @@
-"""Weights on disk: reading shards lazily, planning shards from shapes alone, and writing them tensor by tensor.
+"""Weights on disk: reading the tensors of a checkpoint one at a time, without the rest of their files.
 
-The safetensors library writes a file from tensors that are all in memory; a checkpoint larger than memory needs the
-header first and each tensor put in its place when it is ready, which is what `ShardWriter` does
-(docs/decisions/0005-shards-are-planned-then-filled.md; format: https://github.com/huggingface/safetensors#format).
+Reads are positional system calls, not mapped memory: resident memory is what was asked for, and a file that ends early
+is an error that names it and not a crash (format: https://github.com/huggingface/safetensors#format).
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ import math
 import os
 import re
 import struct
+import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -91,32 +91,109 @@ class StateDict(TensorStore):
         return self._tensors[name].detach()
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the bytes of a tensor lie: an open file, the first byte, how many."""
+
+    path: Path
+    file: int
+    offset: int
+    nbytes: int
+
+
 class Checkpoint(TensorStore):
-    """The safetensors shards of a folder. Opening reads and checks the headers only."""
+    """The safetensors shards of a folder. Opening reads and checks the headers only.
+
+    Reads are positional, so threads may share it, and a file that is cut off is an error and no crash.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._shards: dict[str, Any] = {}
-        self._where: dict[str, str] = {}
+        self._places: dict[str, Place] = {}
         infos: dict[str, TensorInfo] = {}
-        for shard in _shard_names(folder):
-            handle = _open_shard(folder / shard)
-            self._shards[shard] = handle
-            for name in handle.keys():  # noqa: SIM118 - a file handle, not a dict
-                part = handle.get_slice(name)
-                infos[name] = TensorInfo(
-                    _dtype(part.get_dtype(), folder / shard, name), tuple(part.get_shape())
+        for shard, expected in _shards(folder).items():
+            path = folder / shard
+            start, header = _read_header(path)
+            file = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, file)
+            for name, entry in header.items():
+                if expected is not None and name in infos and name not in expected:
+                    continue  # in two shards: the index says which one counts
+                begin, end = entry["data_offsets"]
+                infos[name] = TensorInfo(_dtype(entry["dtype"], path, name), tuple(entry["shape"]))
+                self._places[name] = Place(path, file, start + begin, end - begin)
+            absent = sorted((expected or set()) - header.keys())
+            if absent:
+                raise ModelError(
+                    f"{folder / INDEX}: tensor {absent[0]} should be in {shard} but is not; "
+                    "download the index and that shard again"
                 )
-                self._where[name] = shard
         self.infos = {name: infos[name] for name in sorted(infos, key=natural)}
 
     def get(self, name: str) -> Tensor:
         """The tensor called `name`, read now."""
-        return self._shards[self._where[name]].get_tensor(name)
+        return self.rows(name, 0, self.infos[name].shape[0]) if self.infos[name].shape else self._read(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Entries `start` to `stop` of the first axis of the tensor called `name`."""
+        shape = self.infos[name].shape
+        each = self._places[name].nbytes // shape[0] if shape[0] else 0
+        flat = self._read(name, start * each, (stop - start) * each)
+        return flat.reshape(stop - start, *shape[1:])
 
     def row(self, name: str, index: int) -> Tensor:
         """One entry of the first dimension, without reading the others."""
-        return self._shards[self._where[name]].get_slice(name)[index]
+        return self.rows(name, index, index + 1)[0]
+
+    def place(self, name: str) -> Place:
+        """Where the tensor called `name` lies."""
+        return self._places[name]
+
+    def announce(self, name: str) -> None:
+        """Tell the system that the tensor called `name` will soon be read."""
+        place = self._places[name]
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(place.file, place.offset, place.nbytes, os.POSIX_FADV_WILLNEED)
+
+    def _read(self, name: str, skip: int = 0, nbytes: int | None = None) -> Tensor:
+        info, place = self.infos[name], self._places[name]
+        nbytes = place.nbytes if nbytes is None else nbytes
+        tensor = torch.empty(nbytes // info.dtype.itemsize, dtype=info.dtype)
+        if not nbytes:
+            return tensor
+        buffer, done = tensor.view(torch.uint8).numpy().data, 0
+        while done < nbytes:
+            got = read_at(place.file, buffer[done:], place.offset + skip + done)
+            if not got:
+                raise ModelError(f"{place.path}: ends within tensor {name}; copy or download it again")
+            done += got
+        return tensor if info.shape else tensor.reshape(())
+
+
+_seek_and_transfer = threading.Lock()
+
+
+def read_at(file: int, buffer: memoryview, offset: int) -> int:
+    """Fill `buffer` from `offset` of `file`; the number of bytes, which may be less."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file, [buffer], offset)
+    with _seek_and_transfer:  # Windows has no positional reads
+        os.lseek(file, offset, os.SEEK_SET)
+        data = os.read(file, len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
+
+
+def write_at(file: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at `offset` of `file`."""
+    done = 0
+    while done < len(data):
+        if hasattr(os, "pwrite"):
+            done += os.pwrite(file, data[done:], offset + done)
+            continue
+        with _seek_and_transfer:
+            os.lseek(file, offset + done, os.SEEK_SET)
+            done += os.write(file, data[done:])
 
 
 def natural(name: str) -> list[object]:
@@ -129,39 +206,52 @@ def has_safetensors(folder: Path) -> bool:
     return (folder / INDEX).is_file() or any(folder.glob("*.safetensors"))
 
 
-def _shard_names(folder: Path) -> list[str]:
-    if (folder / INDEX).is_file():
-        names = _indexed(folder / INDEX)
-        for name in names:
-            if Path(name).name != name:
-                raise ModelError(f"{folder / INDEX}: shard name {name!r} points outside the folder")
-            if not (folder / name).is_file():
-                raise ModelError(f"{folder}: shard {name} is named in {INDEX} but missing; download it again")
-        return names
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not names:
-        raise ModelError(f"{folder}: no safetensors weights found")
-    return names
+def _shards(folder: Path) -> dict[str, set[str] | None]:
+    """Shard -> the tensors that the index says it has; None without an index. Raises ModelError for a missing one."""
+    if not (folder / INDEX).is_file():
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not names:
+            raise ModelError(f"{folder}: no safetensors weights found")
+        return dict.fromkeys(names)
+    shards: dict[str, set[str] | None] = {}
+    for tensor, name in read_index(folder / INDEX).items():
+        found = shards.setdefault(name, set())
+        assert found is not None, "made in the line before"
+        found.add(tensor)
+    for name in shards:
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder}: shard {name} is named in {INDEX} but missing; download it again")
+    return dict(sorted(shards.items()))
 
 
-def _indexed(path: Path) -> list[str]:
-    """The files that the index `path` names. Raises ModelError when it names none."""
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor -> shard, as the index file `path` says. Raises ModelError when it says nothing usable."""
     try:
-        shards = set(json.loads(path.read_text())["weight_map"].values())
-        if not shards or not all(isinstance(shard, str) for shard in shards):
-            raise ValueError(f"it names {sorted(map(str, shards))}")
-        return sorted(shards)
+        shards = json.loads(path.read_text())["weight_map"]
+        if not shards or not all(isinstance(shard, str) for shard in shards.values()):
+            raise ValueError(f"it names {sorted(map(str, shards))[:3]}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path}: no usable weight_map ({error}); download it again") from error
+    for name in shards.values():
+        if Path(name).name != name:
+            raise ModelError(f"{path}: shard name {name!r} points outside the folder")
+    return dict(shards)
 
 
-def _open_shard(path: Path) -> Any:
+def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Offset of the data of the safetensors file `path`, and its header. Raises ModelError for a damaged one."""
     try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
+        with safe_open(path, framework="pt"):  # checks sizes, overlaps and the end of the file
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except (SafetensorError, struct.error, ValueError) as error:
         raise ModelError(
             f"{path}: truncated or damaged safetensors file ({error}); copy or download it again"
         ) from error
+    header.pop("__metadata__", None)
+    return 8 + length, header
 
 
 def _dtype(name: str, path: Path, tensor: str) -> torch.dtype:
@@ -170,137 +260,6 @@ def _dtype(name: str, path: Path, tensor: str) -> torch.dtype:
             f"{path}: tensor {tensor} has dtype {name}, which is not supported ({', '.join(DTYPES)})"
         )
     return DTYPES[name]
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One file of a planned checkpoint: its header bytes, and where each tensor goes."""
-
-    file: str
-    header: bytes
-    offsets: Mapping[str, int]
-    size: int
-
-
-def parse_size(text: str | int) -> int:
-    """``"5GB"`` (decimal), ``"500MB"`` or a number of bytes. Raises ModelError for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
-    if not found or float(found[1]) <= 0:
-        raise ModelError(f"shard size {text!r} is not understood; write 5GB or 500MB")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
-
-
-def plan_shards(infos: Mapping[str, TensorInfo], max_bytes: int) -> list[Shard]:
-    """Files of at most `max_bytes` of data (or one tensor), filled in natural order of names; exact sizes."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name in sorted(infos, key=natural):
-        if groups[-1] and filled + infos[name].nbytes > max_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += infos[name].nbytes
-    count = len(groups)
-    names = (
-        [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    )
-    return [
-        _plan_shard(file, {name: infos[name] for name in group})
-        for file, group in zip(names, groups, strict=True)
-    ]
-
-
-def _plan_shard(file: str, infos: Mapping[str, TensorInfo]) -> Shard:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offsets, position = {}, 0
-    # Widest dtype first keeps every tensor aligned to its element size without gaps, which the format forbids.
-    for name in sorted(infos, key=lambda n: (-infos[n].dtype.itemsize, natural(n))):
-        info = infos[name]
-        end = position + info.nbytes
-        header[name] = {
-            "dtype": DTYPE_NAMES[info.dtype],
-            "shape": list(info.shape),
-            "data_offsets": [position, end],
-        }
-        offsets[name], position = position, end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    return Shard(
-        file=file,
-        header=struct.pack("<Q", len(text)) + text,
-        offsets={name: start + offset for name, offset in offsets.items()},
-        size=start + position,
-    )
-
-
-class ShardWriter:
-    """Fills planned shards in any order. A context manager; leaving it without error requires every tensor."""
-
-    def __init__(self, folder: Path, infos: Mapping[str, TensorInfo], max_bytes: int) -> None:
-        self.folder, self.infos = folder, infos
-        self.shards = plan_shards(infos, max_bytes)
-        self._shard_of = {name: shard for shard in self.shards for name in shard.offsets}
-        self._files: dict[str, BinaryIO] = {}
-        self._missing = set(infos)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all shards, exactly."""
-        return sum(shard.size for shard in self.shards)
-
-    def __enter__(self) -> ShardWriter:
-        try:
-            for shard in self.shards:
-                file = self._files[shard.file] = (self.folder / shard.file).open("wb")
-                if hasattr(os, "posix_fallocate") and shard.size:
-                    os.posix_fallocate(file.fileno(), 0, shard.size)  # a full disk shows now, not after hours
-                file.write(shard.header)
-        except OSError:
-            for opened in self._files.values():
-                opened.close()
-            raise
-        return self
-
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Write `tensor` in its place. Raises ValueError when dtype or shape are not the planned ones."""
-        info = self.infos[name]
-        if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape:
-            raise ValueError(
-                f"{name}: planned {info.dtype} {info.shape}, got {tensor.dtype} {tuple(tensor.shape)}"
-            )
-        shard = self._shard_of[name]
-        file = self._files[shard.file]
-        file.seek(shard.offsets[name])
-        file.write(raw_bytes(tensor))
-        self._missing.discard(name)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for file in self._files.values():
-            file.flush()
-            if kind is None:
-                os.fsync(file.fileno())
-            file.close()
-        if kind is not None:
-            return
-        if self._missing:
-            raise ValueError(
-                f"{len(self._missing)} planned tensors were never written, first {min(self._missing)}"
-            )
-        if len(self.shards) > 1:
-            index = {
-                "metadata": {"total_size": sum(info.nbytes for info in self.infos.values())},
-                "weight_map": {name: self._shard_of[name].file for name in sorted(self.infos, key=natural)},
-            }
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of `tensor` in row-major order, without a copy where possible."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def names_match(

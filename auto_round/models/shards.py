@@ -1,0 +1,206 @@
+"""Writing a checkpoint: files planned from shapes alone, header first, then filled tensor by tensor in any order.
+
+The safetensors library writes a file from tensors that are all in memory; a checkpoint larger than memory needs the
+header first and each tensor put in its place when it is ready, which is what `ShardWriter` does
+(docs/decisions/0005-shards-are-planned-then-filled.md; format: https://github.com/huggingface/safetensors#format).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from auto_round.core.errors import ModelError
+from auto_round.models.checkpoint import (
+    DTYPE_NAMES,
+    INDEX,
+    SINGLE,
+    Place,
+    TensorInfo,
+    natural,
+    read_at,
+    write_at,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of a planned checkpoint: its header bytes, and where each tensor goes."""
+
+    file: str
+    header: bytes
+    offsets: Mapping[str, int]
+    size: int
+
+
+def parse_size(text: str | int) -> int:
+    """``"5GB"`` (decimal), ``"500MB"`` or a number of bytes. Raises ModelError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
+    if not found or float(found[1]) <= 0:
+        raise ModelError(f"shard size {text!r} is not understood; write 5GB or 500MB")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
+
+
+def plan_shards(infos: Mapping[str, TensorInfo], max_bytes: int) -> list[Shard]:
+    """Files of at most `max_bytes` of data (or one tensor), filled in natural order of names; exact sizes."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name in sorted(infos, key=natural):
+        if groups[-1] and filled + infos[name].nbytes > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += infos[name].nbytes
+    count = len(groups)
+    names = (
+        [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    )
+    return [
+        _plan_shard(file, {name: infos[name] for name in group})
+        for file, group in zip(names, groups, strict=True)
+    ]
+
+
+def _plan_shard(file: str, infos: Mapping[str, TensorInfo]) -> Shard:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets, position = {}, 0
+    # Widest dtype first keeps every tensor aligned to its element size without gaps, which the format forbids.
+    for name in sorted(infos, key=lambda n: (-infos[n].dtype.itemsize, natural(n))):
+        info = infos[name]
+        end = position + info.nbytes
+        header[name] = {
+            "dtype": DTYPE_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [position, end],
+        }
+        offsets[name], position = position, end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return Shard(
+        file=file,
+        header=struct.pack("<Q", len(text)) + text,
+        offsets={name: start + offset for name, offset in offsets.items()},
+        size=start + position,
+    )
+
+
+class ShardWriter:
+    """Fills planned shards in any order. A context manager; leaving it without error requires every tensor."""
+
+    def __init__(self, folder: Path, infos: Mapping[str, TensorInfo], max_bytes: int) -> None:
+        self.folder, self.infos = folder, infos
+        self.shards = plan_shards(infos, max_bytes)
+        self._shard_of = {name: shard for shard in self.shards for name in shard.offsets}
+        self._files: dict[str, int] = {}
+        self._missing = set(infos)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards, exactly."""
+        return sum(shard.size for shard in self.shards)
+
+    def __enter__(self) -> ShardWriter:
+        try:
+            for shard in self.shards:
+                file = os.open(self.folder / shard.file, os.O_WRONLY | os.O_CREAT, 0o666)
+                self._files[shard.file] = file
+                if hasattr(os, "posix_fallocate") and shard.size:
+                    os.posix_fallocate(file, 0, shard.size)  # a full disk shows now, not after hours
+                write_at(file, memoryview(shard.header), 0)
+        except OSError:
+            self._close()
+            raise
+        return self
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Write `tensor` in its place. Raises ValueError when dtype or shape are not the planned ones."""
+        info = self.infos[name]
+        if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape:
+            raise ValueError(
+                f"{name}: planned {info.dtype} {info.shape}, got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        file, offset = self._where(name)
+        write_at(file, raw_bytes(tensor), offset)
+        self._missing.discard(name)
+
+    def copy(self, name: str, place: Place) -> None:
+        """Put the bytes at `place`, a tensor of the planned dtype and shape, in the place of `name`."""
+        file, offset = self._where(name)
+        if place.nbytes != self.infos[name].nbytes:
+            raise ValueError(f"{name}: planned {self.infos[name].nbytes} bytes, got {place.nbytes}")
+        done = 0
+        while done < place.nbytes:
+            got = _copy_part(place, done, file, offset + done)
+            if not got:
+                raise ModelError(f"{place.path}: ends within tensor {name}; copy or download it again")
+            done += got
+        self._missing.discard(name)
+
+    def written(self, names: Iterable[str]) -> None:
+        """These are in their places already: put there by an earlier run, or by another process."""
+        self._missing.difference_update(names)
+
+    def _where(self, name: str) -> tuple[int, int]:
+        shard = self._shard_of[name]
+        return self._files[shard.file], shard.offsets[name]
+
+    def _close(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            for file in self._files.values():
+                os.fsync(file)
+        self._close()
+        if kind is not None:
+            return
+        if self._missing:
+            raise ValueError(
+                f"{len(self._missing)} planned tensors were never written, first {min(self._missing)}"
+            )
+        if len(self.shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(info.nbytes for info in self.infos.values())},
+                "weight_map": {name: self._shard_of[name].file for name in sorted(self.infos, key=natural)},
+            }
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+PIECE = 1 << 24
+"""Bytes that are copied at a time."""
+
+
+def _copy_part(place: Place, done: int, file: int, offset: int) -> int:
+    """Copy the next piece of `place`, within the kernel where it can; the number of bytes."""
+    count = min(PIECE, place.nbytes - done)
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(place.file, file, count, place.offset + done, offset)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+    buffer = memoryview(bytearray(count))
+    got = read_at(place.file, buffer, place.offset + done)
+    write_at(file, buffer[:got], offset)
+    return got
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of `tensor` in row-major order, without a copy where possible."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

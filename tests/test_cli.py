@@ -196,7 +196,7 @@ LATER = [
     ["--enable_lfq"],
     ["--dynamic_max_gap", "5"],
     ["--enable_torch_compile"],
-    ["--scheme", "MXFP4"],
+    ["--scheme", "W4A16_MIXED"],
     ["--format", "gguf:q4_k_m"],
     ["--format", "llm_compressor"],
     ["--format", "fp8"],

@@ -239,7 +239,7 @@ def test_unknown_names_offer_the_nearest():
     with pytest.raises(SchemeError, match="W4A16"):
         preset("W4A61")
     with pytest.raises(NotYetError, match="not there yet"):
-        preset("NVFP4")
+        preset("W4A16_MIXED")
     with pytest.raises(SchemeError, match="2 to 8 bits, got 9"):
         codec_of(TensorSpec(bits=9))
 

@@ -23,7 +23,7 @@ ORDER = [
     "cli",
 ]
 ENTRY_FOLDERS = {"codecs", "formats", "steps", "backends"}
-SHARED = {"base", "blocks"}
+SHARED = {"base", "blocks", "elements"}
 
 
 def imports(file: Path):

@@ -176,7 +176,7 @@ def test_a_layer_may_be_given_a_preset_an_object_or_settings(value, expected):
         ({"group_size": -2}, SchemeError, ["group_size -2", "-1 (one per row)"]),
         ({"sym": "yes"}, SchemeError, ["sym", "'yes'", "true or false"]),
         ("W4A61", SchemeError, ["'W4A61'", "Did you mean 'W4A16'"]),
-        ("NVFP4", NotYetError, ["NVFP4", "not there yet"]),
+        ("W4A16_MIXED", NotYetError, ["W4A16_MIXED", "not there yet"]),
         ({"group_size": [128, 128, 4]}, SchemeError, ["group_size", "[128, 128, 4]", "[128, 128]"]),
         ({"group_size": [0, 128]}, SchemeError, ["group_size", "[0, 128]", "positive"]),
         ({"act_dynamic": False}, SchemeError, ["act_dynamic=False", "act_bits"]),

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from auto_round.core.errors import NotYetError, SchemeError, nearest
+from auto_round.core.groups import split
 from auto_round.core.quantized import NEUTRAL, Knob, Knobs, Quantized
 from auto_round.core.registry import discover
-from auto_round.core.scheme import FLOAT, Scheme, TensorSpec
+from auto_round.core.scheme import FLOAT, Group, Scheme, TensorSpec
 
 
 class Codec(ABC):
@@ -77,6 +78,21 @@ class Codec(ABC):
         return spec.bits + overhead / meta.numel()
 
 
+def group_weights(importance: Tensor | None, shape: tuple[int, int], group: Group) -> Tensor | None:
+    """Importance per input channel as one weight per grouped value, or None.
+
+    Channels without any signal get the mean, so that a group is never free to become anything; a group of which more
+    than half is without signal is weighted evenly.
+    """
+    if importance is None:
+        return None
+    floor = importance[importance > 0].mean() if bool((importance > 0).any()) else torch.ones(())
+    weights = torch.where(importance > 0, importance, floor.to(importance.dtype)).float()
+    grouped = split(weights.expand(shape), group)
+    dead = split((importance <= 0).float().expand(shape), group).mean(1, keepdim=True) > 0.5
+    return torch.where(dead, torch.ones_like(grouped), grouped)
+
+
 def codecs() -> dict[str, Codec]:
     """All data types by name."""
     return discover("auto_round.codecs")
@@ -128,6 +144,16 @@ def fake(w: Tensor, spec: TensorSpec, knobs: Knobs = NEUTRAL) -> Tensor:
     return codec.dequantize(codec.quantize(w, spec, knobs)).to(w.dtype)
 
 
+def fake_inputs(x: Tensor, act: TensorSpec, fixed: Knobs) -> Tensor:
+    """What is left of the inputs `x` (..., I) of a layer, in the dtype of `x`; gradients pass through unchanged.
+
+    `fixed`: what was calibrated; empty when all is found at run time.
+    """
+    flat = x.detach().float().reshape(-1, x.shape[-1])
+    found = codec_of(act).tuner(flat, act, fixed)(NEUTRAL).reshape(x.shape).to(x.dtype)
+    return found + (x - x.detach()) if x.requires_grad else found
+
+
 def stored_inputs(act: TensorSpec | None, low: Tensor, high: Tensor) -> Knobs:
     """What is stored of the range [low, high] of a layer's inputs; empty when all is found at run time."""
     if act is None or not codec_of(act).needs_range(act):
@@ -135,18 +161,7 @@ def stored_inputs(act: TensorSpec | None, low: Tensor, high: Tensor) -> Knobs:
     return codec_of(act).input_range(low, high, act)
 
 
-PLANNED: tuple[str, ...] = (
-    "MXFP4",
-    "MXFP6",
-    "MXFP8",
-    "MXFP4_RCEIL",
-    "MXFP8_RCEIL",
-    "MXINT4",
-    "NVFP4",
-    "NVFP4_E5M3",
-    "FPW8A16",
-)
-PLANNED += ("FP8_STATIC", "FP8_BLOCK", "INT8", "INT8_W8A8", "INT4", "W4A16_MIXED")
+PLANNED = ("W4A16_MIXED",)
 
 
 def presets() -> dict[str, Scheme]:

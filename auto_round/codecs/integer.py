@@ -8,18 +8,18 @@ negative where that value is positive (behaviour of AutoRound, arXiv:2309.05516 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from auto_round.codecs.base import Codec
+from auto_round.codecs.base import Codec, group_weights
 from auto_round.core.groups import group_count, group_size, merge, split
 from auto_round.core.layouts import middle
 from auto_round.core.quantized import NEUTRAL, Knob, Knobs, Quantized
 from auto_round.core.rounding import STORAGE, cast_to_storage
-from auto_round.core.scheme import Group, Scheme, TensorSpec
+from auto_round.core.scheme import Scheme, TensorSpec
 
 MIN_BITS, MAX_BITS = 2, 8
 SMALLEST_SCALE = {
@@ -57,6 +57,12 @@ def _stored(scale: Tensor, spec: TensorSpec) -> Tensor:
     return _floor(cast_to_storage(scale, STORAGE[spec.scale_dtype]), spec)
 
 
+def _with_inputs(bits: int) -> Scheme:
+    """Weights with a scale per row, inputs with one per token."""
+    spec = TensorSpec(bits=bits, group=-1)
+    return Scheme(weight=spec, act=replace(spec, scale_dtype="float32"))
+
+
 class Integer(Codec):
     """Integer codes with float scales."""
 
@@ -68,6 +74,8 @@ class Integer(Codec):
             for bits in range(MIN_BITS, MAX_BITS + 1)
             for group in (64, 32)
         },
+        **dict.fromkeys(("INT8", "INT8_W8A8"), _with_inputs(8)),
+        "INT4": _with_inputs(4),
     }
 
     def reject(self, spec: TensorSpec) -> str | None:
@@ -82,6 +90,8 @@ class Integer(Codec):
             return f"int has {', '.join(STORAGE)} scales, got {spec.scale_dtype}"
         if spec.variant:
             return f"int has no variant {spec.variant!r}: use data_type int"
+        if not spec.dynamic and spec.group != 0:
+            return f"int inputs have a static range for the whole tensor only: use act_group_size 0, got {spec.group}"
         return None
 
     def row_unit(self, spec: TensorSpec) -> int | None:
@@ -113,6 +123,17 @@ class Integer(Codec):
         offset = Knob(shape=(count, size), neutral=0.0, low=-0.5, high=0.5, per_value=True)
         return {"round": offset, "low": factor, "high": factor}
 
+    def input_range(self, low: Tensor, high: Tensor, spec: TensorSpec) -> Knobs:
+        """{"scale"} or {"scale", "zero"}, (1,) each, in storage dtype."""
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        if spec.sym:
+            # One step less than the range of negative codes, so that the largest positive input has a code too.
+            scale = _stored(torch.maximum(-low, high) / (middle(spec) - 1), spec)
+            return {"scale": scale.to(STORAGE[spec.scale_dtype]).reshape(1)}
+        grid = _grid(low, high, spec)
+        zero = torch.as_tensor(grid.zero).to(torch.uint8).reshape(1)
+        return {"scale": grid.scale.to(STORAGE[spec.scale_dtype]).reshape(1), "zero": zero}
+
     def tuner(self, w: Tensor, spec: TensorSpec, fixed: Knobs) -> Callable[[Knobs], Tensor]:
         """Fused quantize-dequantize with a hand-written backward; float32 (O, I)."""
         groups = split(w.float(), spec.group)
@@ -142,7 +163,7 @@ class Integer(Codec):
         """
         groups, shape = split(w.float(), spec.group), (w.shape[0], w.shape[1])
         diagonal = importance.diagonal() if importance is not None and importance.ndim == 2 else importance
-        weight = _group_weights(diagonal, shape, spec.group)
+        weight = group_weights(diagonal, shape, spec.group)
         best = _Best(groups, weight, spec)
         (_sweep_symmetric if spec.sym else _sweep_asymmetric)(best, *_range(groups, spec, NEUTRAL))
         best.refit()
@@ -252,21 +273,6 @@ class _Fake(torch.autograd.Function):
             d_high = d_scale / _top(ctx.spec) - d_low * lifted / (_top(ctx.spec) - 1)
             d_low = d_low * ~lifted
         return None, None, None, d_offset, d_low * low, d_high * high, None
-
-
-def _group_weights(importance: Tensor | None, shape: tuple[int, int], group: Group) -> Tensor | None:
-    """Importance per input channel as one weight per grouped value, or None.
-
-    Channels without any signal get the mean, so that a group is never free to become anything; a group of which more
-    than half is without signal is weighted evenly.
-    """
-    if importance is None:
-        return None
-    floor = importance[importance > 0].mean() if bool((importance > 0).any()) else torch.ones(())
-    weights = torch.where(importance > 0, importance, floor.to(importance.dtype)).float()
-    grouped = split(weights.expand(shape), group)
-    dead = split((importance <= 0).float().expand(shape), group).mean(1, keepdim=True) > 0.5
-    return torch.where(dead, torch.ones_like(grouped), grouped)
 
 
 class _Best:

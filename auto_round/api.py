@@ -22,6 +22,8 @@ from auto_round.core.scheme import FLAT_NAMES, QuantizationScheme, Scheme
 from auto_round.core.selection import Selection, make_plan, parse_ignore, parse_layer_config
 from auto_round.formats.base import Format, Provenance, parse_formats
 from auto_round.jobs.export import CheckpointWriter
+from auto_round.jobs.journal import Journal, Resumed
+from auto_round.jobs.manifest import manifest
 from auto_round.jobs.quantize import Observer, Writer, quantize
 from auto_round.models import load
 from auto_round.models.device import execution_dtype, pick_device
@@ -114,13 +116,18 @@ class AutoRound:
     ) -> tuple[nn.Module | None, str | list[str]]:
         """Quantize and write, layer by layer. Returns (model, folder), or (model, folders) for several formats.
 
+        Finished blocks are kept in a journal until the end: with resume=True, the same call goes on with what an
+        interrupted one left, and writes the same bytes.
         The model is None when the checkpoint was streamed and no model was ever built; a live model gets the weights
         that the codes stand for, whatever `inplace` says.
         """
         formats = parse_formats(format or self.options.format or "auto_round")
         plan = self.make_plan(formats)
-        with self._writers(Path(output_dir), formats, plan) as writers:
-            self._run(plan, writers)
+        with (
+            Journal(Path(output_dir), plan) as journal,
+            self._writers(Path(output_dir), formats, plan) as writers,
+        ):
+            self._run(plan, writers, journal)
         folders = [str(writer.folder) for writer in writers]
         return self.model, folders if len(folders) > 1 else folders[0]
 
@@ -240,14 +247,19 @@ class AutoRound:
             )
         return self._tokenizer
 
-    def _run(self, plan: Plan, writers: Sequence[Writer]) -> None:
-        steps = self.steps()
+    def _run(self, plan: Plan, writers: Sequence[Writer], journal: Journal | None = None) -> None:
+        steps, observers = self.steps(), self.observers
         source = self._source(steps)
-        for observer in self.observers:
+        for observer in observers:
             observer.started(plan, sum(len(blocks) for blocks in self.subject().anatomy.block_lists))
+        if journal is not None:
+            about = manifest(self.subject(), plan, steps, source.describe())
+            journal.begin(about, resume=self.options.resume)
+            source = Resumed(source, journal, writers, observers)
+            writers, observers = [journal, *writers], [journal, *observers]
         deterministic = self.options.enable_deterministic_algorithms
         with _deterministic() if deterministic else ExitStack():
-            quantize(source, plan, steps, writers, self.observers)
+            quantize(source, plan, steps, writers, observers)
 
     def _source(self, steps: Sequence[Step]) -> Source:
         """Shards when weights are all that is needed, else the live model."""

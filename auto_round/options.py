@@ -67,6 +67,7 @@ class Options:
     model_free: bool = False
     disable_model_free: bool = False
     format: str | None = None
+    resume: bool = False
     max_shard_size: str | int = "5GB"
 
     nblocks: int = 1

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoRoundConfig, GenerationConfig
 
 from auto_round import AutoRound
-from auto_round.core.errors import ModelError
+from auto_round.core.errors import DataError, ModelError
 from auto_round.formats.base import parse_formats
 from auto_round.models.anatomy import anatomy
 from auto_round.sources.base import Needs
@@ -68,7 +68,7 @@ def tensors_of(folder):
 
 def files_of(folder):
     """Name -> bytes of every file."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 # ---------------------------------------------------------------------------------------------------------- anatomy
@@ -343,11 +343,17 @@ def test_tuning_beats_searching_when_there_is_enough_data():
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), ModelError("bad")], ids=repr)
-def test_a_run_that_breaks_off_leaves_nothing(llama, tmp_path, error):
+def test_a_run_that_breaks_off_leaves_nothing_but_its_journal(llama, tmp_path, error):
     made = job(llama, Watch(error))
     with pytest.raises(type(error)):
         made.quantize_and_save(tmp_path / "out", format="auto_round,auto_gptq")
-    assert list(tmp_path.rglob("*")) in ([], [tmp_path / "out"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".auto_round_journal"]
+
+
+def test_a_run_that_breaks_off_before_its_first_block_leaves_nothing(llama, tmp_path):
+    with pytest.raises(DataError):
+        AutoRound(llama, dataset="no.jsonl").quantize_and_save(tmp_path / "a" / "b", format="auto_round,fake")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_breaks_off_leaves_an_older_checkpoint_whole(llama, tmp_path):

@@ -441,10 +441,10 @@ def test_a_disk_that_fills_up_midway_leaves_nothing(good, tmp_path, monkeypatch,
     assert len(calls) == nth and not (tmp_path / "out").exists()
 
 
-def test_a_disk_that_fills_up_at_the_side_files_leaves_nothing(good, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_at_the_side_files_leaves_the_journal(good, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "copyfile", full_disk)
     unwritable(["out", "No space left"], lambda: quantized(good, tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".auto_round_journal"]
 
 
 def test_bytes_that_read_back_differently_are_not_published(good, tmp_path, monkeypatch):
@@ -454,7 +454,7 @@ def test_bytes_that_read_back_differently_are_not_published(good, tmp_path, monk
     )
     with pytest.raises(RuntimeError, match=r"qweight.*reads back differently"):
         quantized(good, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".auto_round_journal"]
 
 
 @pytest.mark.parametrize("way", ["itself", "dotted", "link"])

@@ -41,6 +41,9 @@ class Output:
         str, _flag("format", "formats", help="One or several of `auto-round list format`, comma separated.")
     ] = "auto_round"
     max_shard_size: Annotated[str, _flag("max-shard-size", help="Largest weight file, such as 5GB.")] = "5GB"
+    resume: Annotated[
+        bool, _switch("resume", help="Go on with the blocks that an interrupted run finished.")
+    ] = False
 
 
 @Parameter(name="*", group=Group("Scheme", sort_key=2))
@@ -216,6 +219,7 @@ def to_options(recipe: str, output: Output, scheme: SchemeFlags, tuning: Tuning,
         "recipe": recipe,
         "format": output.format,
         "max_shard_size": output.max_shard_size,
+        "resume": output.resume,
         "bits": _whole("bits", scheme.bits),
         "group_size": _group("group-size", scheme.group_size),
         "sym": False if scheme.asym else None,

@@ -94,7 +94,7 @@ def execute(recipe: str, argv: list[str]) -> int:
         usage = (SchemeError, PlanError, FormatError, NotYetError, TypeError)
         return USAGE if isinstance(error, usage) else FAILURE
     except KeyboardInterrupt:
-        console.print("interrupted: nothing was written", style="red")
+        console.print("interrupted; --resume goes on from the finished blocks, if there are any", style="red")
         return FAILURE
     return 0
 

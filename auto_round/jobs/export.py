@@ -22,6 +22,7 @@ from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import TensorSpec
 from auto_round.formats.base import Format, Provenance, planned_tensors
+from auto_round.jobs import folders
 from auto_round.models.checkpoint import Checkpoint, TensorInfo
 from auto_round.models.experts import ExpertStore
 from auto_round.models.shards import ShardWriter, raw_bytes
@@ -114,7 +115,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         source = self.subject.files.folder
         if source is not None and self.folder.resolve() == source.resolve():
             raise FormatError(f"output folder {self.folder} is the model itself; choose another --output_dir")
-        self._made_folder = not self.folder.exists()
+        self._made = folders.missing(self.folder)
         try:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging.mkdir(parents=True)
@@ -191,8 +192,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
 
     def _remove(self) -> None:
         shutil.rmtree(self._staging, ignore_errors=True)
-        if self._made_folder and self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        folders.remove_empty(self._made)
 
     def _write_side_files(self) -> None:
         files = self.subject.files

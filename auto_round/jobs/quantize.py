@@ -80,8 +80,9 @@ def quantize(
             for writer in writers:
                 writer.add(name, q)
         source.done(block, replaced)
+        result = BlockResult(block.name, len(specs), report, time.perf_counter() - started)
         for observer in observers:
-            observer.finished(BlockResult(block.name, len(specs), report, time.perf_counter() - started))
+            observer.finished(result)
 
 
 def tied(block: Block, specs: dict[str, TensorSpec], plan: Plan) -> dict[str, Knobs]:

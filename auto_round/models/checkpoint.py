@@ -6,6 +6,7 @@ is an error that names it and not a crash (format: https://github.com/huggingfac
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from auto_round.core.errors import ModelError
 
+SAMPLED, PIECE = 64, 1024  # pieces of a tensor looked at to tell two models apart, and bytes of a piece
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64,
@@ -71,6 +73,10 @@ class TensorStore(ABC):
         """One entry of the first dimension of the tensor called `name`."""
         return self.get(name)[index]
 
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash of names, dtypes, shapes and a sample of the values: another model has another one."""
+
 
 class StateDict(TensorStore):
     """The tensors of a live model; a tensor shared by several names is stored under the first."""
@@ -89,6 +95,19 @@ class StateDict(TensorStore):
     def get(self, name: str) -> Tensor:
         """The tensor called `name`."""
         return self._tensors[name].detach()
+
+    def fingerprint(self) -> str:
+        """From `SAMPLED` values of each tensor, evenly spaced."""
+        state = hashlib.blake2b(digest_size=16)
+        for name, info in self.infos.items():
+            state.update(f"{name} {info.dtype} {info.shape}".encode())
+            flat = self._tensors[name].detach().reshape(-1)
+            state.update(_bytes(flat[:: max(1, flat.numel() // SAMPLED)]))
+        return state.hexdigest()
+
+
+def _bytes(flat: Tensor) -> bytes:
+    return flat.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +152,17 @@ class Checkpoint(TensorStore):
     def get(self, name: str) -> Tensor:
         """The tensor called `name`, read now."""
         return self.rows(name, 0, self.infos[name].shape[0]) if self.infos[name].shape else self._read(name)
+
+    def fingerprint(self) -> str:
+        """From `SAMPLED` evenly spaced pieces of each tensor, so that it takes little time for any size."""
+        state, piece = hashlib.blake2b(digest_size=16), memoryview(bytearray(PIECE))
+        for name, info in self.infos.items():
+            state.update(f"{name} {info.dtype} {info.shape}".encode())
+            place = self._places[name]
+            for at in range(0, place.nbytes, max(PIECE, place.nbytes // SAMPLED)):
+                got = read_at(place.file, piece[: min(PIECE, place.nbytes - at)], place.offset + at)
+                state.update(piece[:got])
+        return state.hexdigest()
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Entries `start` to `stop` of the first axis of the tensor called `name`."""

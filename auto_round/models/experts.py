@@ -212,6 +212,10 @@ class ExpertStore(TensorStore):
         piece = self.pieces[name]
         return piece.of_expert(self.raw.row(piece.tensor, piece.expert)).contiguous()
 
+    def fingerprint(self) -> str:
+        """That of the store with the fused tensors."""
+        return self.raw.fingerprint()
+
     def joined(self, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         """`infos` of a checkpoint to be, with the experts fused again in modules where every matrix is still plain."""
         found = dict(infos)

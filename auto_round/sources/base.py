@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from types import MappingProxyType
 
@@ -60,8 +60,16 @@ class Source(ABC):
     can_run: bool
 
     @abstractmethod
-    def blocks(self, needs: Needs, wanted: Iterable[str]) -> Iterator[Block]:
-        """Every block with a layer in `wanted`, or that later blocks depend on."""
+    def blocks(self, needs: Needs, wanted: Iterable[str], finished: Collection[str] = ()) -> Iterator[Block]:
+        """Every block with a layer in `wanted`, or that later blocks depend on.
+
+        finished: names of blocks that an earlier run quantized. They are handed out only to be passed to `done`:
+        nothing is gathered for them, and their weights may be missing.
+        """
+
+    def describe(self) -> dict[str, object]:
+        """What the outcome depends on besides weights and plan: the data, and how blocks are run."""
+        return {}
 
     def done(self, block: Block, replaced: Mapping[str, Tensor]) -> None:
         """`block` is finished; `replaced` is layer -> the weight (O, I) that its quantized form stands for."""

@@ -6,8 +6,9 @@ are quantized, and what it is tuned on. Blocks run in float32 (matrix products i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.func import functional_call
 from auto_round.core.errors import ModelError
 from auto_round.models.anatomy import Anatomy, Layer, parameters_for
 from auto_round.models.capture import Call, Calls, Pass, Recorder, input_after_blocks, varies
+from auto_round.models.shards import raw_bytes
 from auto_round.sources.base import Block, Needs, Source
 from auto_round.sources.dataset import Calibration
 
@@ -225,7 +227,7 @@ class LiveSource(Source):
         self._needs = Needs.NOTHING
         self._last_block = ""
 
-    def blocks(self, needs: Needs, wanted: Iterable[str]) -> Iterator[Block]:
+    def blocks(self, needs: Needs, wanted: Iterable[str], finished: Collection[str] = ()) -> Iterator[Block]:
         """In model order; inputs of a block list are captured when it is reached."""
         names = set(wanted)
         outside = [
@@ -240,11 +242,23 @@ class LiveSource(Source):
             chain, calls = (None, None) if self._needs is Needs.NOTHING else self._capture(recorder)
             self._last_block = "" if outside else blocks[-1]
             for index, (name, module) in enumerate(zip(blocks, modules, strict=True)):
-                yield self._block(name, module, chain, calls[index] if calls else None)
+                gather = name not in finished
+                yield self._block(name, module, chain, calls[index] if calls else None, gather)
         for layer in outside:
             inputs = None if chain is None or recorder is None else self._inputs_of(layer, recorder, chain)
             valid = None if self.data is None or inputs is None else self.data.valid
             yield OutsideBlock(layer, self.model.get_submodule(layer.name), self.execution, inputs, valid)
+
+    def describe(self) -> dict[str, object]:
+        """The execution, the threads (sums depend on their number) and a hash of the data."""
+        about = {f.name: getattr(self.execution, f.name) for f in fields(self.execution)}
+        about["threads"] = torch.get_num_threads()
+        if self.data is not None:
+            state = hashlib.blake2b(raw_bytes(self.data.tokens), digest_size=16)
+            if self.data.attention_mask is not None:
+                state.update(raw_bytes(self.data.attention_mask))
+            about["data"] = state.hexdigest()
+        return about
 
     def done(self, block: Block, replaced: Mapping[str, Tensor]) -> None:
         """Propagate both chains and put the weights into the model."""
@@ -256,13 +270,15 @@ class LiveSource(Source):
         elif isinstance(block, OutsideBlock):
             block.settle(replaced)
 
-    def _block(self, name: str, module: nn.Module, chain: Chain | None, calls: Calls | None) -> LiveBlock:
+    def _block(
+        self, name: str, module: nn.Module, chain: Chain | None, calls: Calls | None, gather: bool
+    ) -> LiveBlock:
         layers = {n: layer for n, layer in self.anatomy.layers.items() if layer.block == name}
         block = LiveBlock(name, module, layers, self.execution)
         if chain is not None and calls is not None:
             block.attach(chain, calls, None if self.data is None else self.data.valid)
             with torch.no_grad():
-                block.observe(statistics=True)
+                block.observe(statistics=gather)
         return block
 
     def _capture(self, recorder: Recorder) -> tuple[Chain, list[Calls]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ class TensorSource(Source):
     def __init__(self, anatomy: Anatomy, store: TensorStore, names: Mapping[str, str]) -> None:
         self.anatomy, self.store, self.names = anatomy, store, names
 
-    def blocks(self, needs: Needs, wanted: Iterable[str]) -> Iterator[Block]:
+    def blocks(self, needs: Needs, wanted: Iterable[str], finished: Collection[str] = ()) -> Iterator[Block]:
         """In model order; `needs` beyond weights cannot be served and is left to the steps to do without."""
         names = set(wanted)
         members: dict[str, list[str]] = {}
@@ -36,9 +36,9 @@ class TensorSource(Source):
                 (outside if layer.block is None else members.setdefault(layer.block, [])).append(name)
         for blocks in self.anatomy.block_lists:
             for block in blocks:
-                yield self._read(block, members.get(block, []))
+                yield self._read(block, [] if block in finished else members.get(block, []))
         for name in outside:
-            yield self._read(name, [name])
+            yield self._read(name, [] if name in finished else [name])
 
     def _read(self, block: str, layers: list[str]) -> StoredBlock:
         weights = {}

@@ -1,0 +1,264 @@
+"""The journal of a run: every finished block is on disk before the next one starts, so that a killed run can go on.
+
+A block becomes a folder of two files, the codes and parameters of its layers and what is known about them, written
+under a temporary name and renamed. Resuming hands the finished blocks to the writers again and moves the source past
+them: what reaches an unfinished block is recomputed from the float weights and the stored codes, so no activations
+are stored, and the files of a resumed run are those of an uninterrupted one, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from auto_round.codecs.base import codec_of
+from auto_round.core.errors import OutputError, PlanError
+from auto_round.core.plan import Plan
+from auto_round.core.quantized import Quantized
+from auto_round.jobs import folders
+from auto_round.jobs.manifest import differences
+from auto_round.jobs.quantize import BlockResult, Observer, Writer
+from auto_round.models.checkpoint import DTYPE_NAMES, DTYPES
+from auto_round.models.shards import raw_bytes
+from auto_round.sources.base import Block, Needs, Source
+from auto_round.steps.base import BlockReport
+
+logger = logging.getLogger("auto_round")
+JOURNAL = ".auto_round_journal"
+MANIFEST, TENSORS, INDEX, UNFINISHED = "manifest.json", "tensors.bin", "block.json", "unfinished"
+
+
+class Journal(AbstractContextManager["Journal"]):
+    """A writer and an observer: `add` stores a layer, `finished` makes its block count.
+
+    Leaving the context without error removes it: the run is over. Otherwise it stays, and how to go on is logged.
+    """
+
+    def __init__(self, output: Path, plan: Plan) -> None:
+        self.folder, self._plan = output / JOURNAL, plan
+        self.done: dict[str, Path] = {}
+        self._made, self._begun = folders.missing(self.folder), False
+        self._file: BinaryIO | None = None
+        self._layers: dict[str, list[dict[str, Any]]] = {}
+
+    def begin(self, manifest: Mapping[str, Any], *, resume: bool) -> None:
+        """Start, or go on with what an earlier run finished.
+
+        manifest: everything that the outcome depends on (`jobs.manifest`). Raises PlanError naming what has changed
+        since the earlier run, OutputError when nothing can be written.
+        """
+        stored = self.folder / MANIFEST
+        if resume and stored.is_file():
+            changed = differences(json.loads(stored.read_text()), json.loads(json.dumps(manifest)))
+            if changed:
+                raise PlanError(
+                    f"{self.folder}: these blocks were made by another run; {'; '.join(changed)}. Give the earlier "
+                    "settings to go on with it, or leave out resume (--resume) to start again"
+                )
+        elif self.folder.exists():
+            finished = len(list(self.folder.glob("*/" + INDEX)))
+            if finished:
+                logger.warning(
+                    "starting again: %d blocks that an earlier run left in %s are dropped; "
+                    "resume=True (--resume) would have gone on from them",
+                    finished,
+                    self.folder,
+                )
+            shutil.rmtree(self.folder)
+        try:
+            self._open(manifest)
+        except OSError as error:
+            raise OutputError(f"journal {self.folder} cannot be written: {error}") from error
+
+    def _open(self, manifest: Mapping[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._begun = True
+        for block in sorted(path for path in self.folder.iterdir() if path.is_dir()):
+            self._recognise(block)
+        temporary = self.folder / f"{MANIFEST}.{UNFINISHED}"
+        temporary.write_text(json.dumps(manifest, indent=1) + "\n")
+        os.replace(temporary, self.folder / MANIFEST)
+        if self.done:
+            logger.info("going on after %d finished blocks found in %s", len(self.done), self.folder)
+
+    def _recognise(self, block: Path) -> None:
+        """Count the folder `block` as done, or remove it when it is unfinished, half removed or damaged."""
+        if not (block / INDEX).is_file() or not (block / TENSORS).is_file() or block.name == UNFINISHED:
+            shutil.rmtree(block)
+        elif _digest(block / TENSORS) != json.loads((block / INDEX).read_text())["digest"]:
+            logger.warning("%s is damaged: %s is quantized again", block, block.name)
+            shutil.rmtree(block)
+        else:
+            self.done[block.name] = block
+
+    def add(self, name: str, q: Quantized) -> None:
+        """Store one layer of the block at hand; it does not count before `finished`."""
+        try:
+            if self._file is None:
+                (self.folder / UNFINISHED).mkdir()
+                self._file = (self.folder / UNFINISHED / TENSORS).open("wb")
+            self._layers[name] = [_put(self._file, key, t) for key, t in q.tensors().items()]
+        except OSError as error:
+            raise OutputError(f"journal {self.folder} cannot be written: {error}") from error
+
+    def started(self, plan: Plan, blocks: int) -> None:
+        """Nothing to do."""
+
+    def finished(self, result: BlockResult) -> None:
+        """Make the block count: sync its files and rename their folder. A block of `done` is there already."""
+        if result.name in self.done or not self._layers:
+            return
+        assert self._file is not None, "layers were added"
+        unfinished, final = self.folder / UNFINISHED, self.folder / result.name
+        try:
+            self._close(sync=True)
+            about = {**asdict(result), "digest": _digest(unfinished / TENSORS), "tensors": self._layers}
+            with (unfinished / INDEX).open("w") as file:
+                json.dump(about, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, final)
+            folders.sync(self.folder)
+        except OSError as error:
+            raise OutputError(f"journal {self.folder} cannot be written: {error}") from error
+        self.done[result.name] = final
+        self._layers = {}
+
+    def _close(self, *, sync: bool) -> None:
+        if self._file is not None:
+            self._file.flush()
+            if sync:
+                os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def read(self, block: str) -> tuple[dict[str, Quantized], BlockResult]:
+        """The layers of a finished block, and what its observers were told."""
+        about = json.loads((self.done[block] / INDEX).read_text())
+        layers = {}
+        with (self.done[block] / TENSORS).open("rb") as file:
+            for name, parts in about["tensors"].items():
+                spec = self._plan[name].weight
+                assert spec is not None, f"{name} was quantized"
+                tensors = {part["key"]: _take(file, part) for part in parts}
+                codes = tensors.pop("codes")
+                layers[name] = Quantized(
+                    spec=spec, shape=self._plan.shapes[name], codes=codes, params=tensors
+                )
+        report = BlockReport(**about["report"])
+        return layers, BlockResult(about["name"], about["layers"], report, about["seconds"])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close(sync=False)
+        if not self._begun:  # what an earlier run left is not touched
+            folders.remove_empty(self._made)
+            return
+        if kind is None or not self.done:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            folders.remove_empty(self._made)
+            return
+        shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
+        logger.warning(
+            "not finished: %d blocks are done and kept in %s; the same call with resume=True (--resume) goes on",
+            len(self.done),
+            self.folder,
+        )
+
+
+class Resumed(Source):
+    """A source that is past the blocks of a journal: they go to writers and observers as they were stored."""
+
+    def __init__(
+        self, source: Source, journal: Journal, writers: Sequence[Writer], observers: Sequence[Observer]
+    ) -> None:
+        self.source, self.journal, self.writers, self.observers = source, journal, writers, observers
+        self.can_run = source.can_run
+
+    def blocks(self, needs: Needs, wanted: Iterable[str], finished: Collection[str] = ()) -> Iterator[Block]:
+        """The blocks that are still to be done."""
+        finished = {*finished, *self.journal.done}
+        for block in self.source.blocks(needs, wanted, finished):
+            if block.name in finished:
+                self._replay(block)
+            else:
+                yield block
+
+    def _replay(self, block: Block) -> None:
+        layers, result = self.journal.read(block.name)
+        replaced = {}
+        for name, q in layers.items():
+            for writer in self.writers:
+                writer.add(name, q)
+            replaced[name] = codec_of(q.spec).dequantize(q)
+        self.source.done(block, replaced)
+        for observer in self.observers:
+            observer.finished(result)
+
+    def done(self, block: Block, replaced: Mapping[str, Tensor]) -> None:
+        """As the source does it."""
+        self.source.done(block, replaced)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        state = hashlib.blake2b(digest_size=16)
+        while chunk := file.read(1 << 20):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def _put(file: BinaryIO, key: str, tensor: Tensor) -> dict[str, Any]:
+    """Append `tensor`, its values two or four to a byte when they are that small; how to read it back."""
+    width = _width(tensor)
+    about = {
+        "key": key,
+        "dtype": DTYPE_NAMES[tensor.dtype],
+        "shape": list(tensor.shape),
+        "width": width,
+        "at": file.tell(),
+    }
+    file.write(raw_bytes(_narrow(tensor, width)))
+    return about
+
+
+def _take(file: BinaryIO, about: Mapping[str, Any]) -> Tensor:
+    dtype, shape = DTYPES[about["dtype"]], tuple(about["shape"])
+    count = torch.Size(shape).numel()
+    size = -(-count * about["width"] // 8)
+    file.seek(about["at"])
+    raw = torch.frombuffer(bytearray(file.read(size)), dtype=torch.uint8) if size else torch.empty(0).byte()
+    if about["width"] == 8 * dtype.itemsize:
+        return raw.view(dtype).reshape(shape)
+    shifts = torch.arange(0, 8, about["width"], dtype=torch.uint8)
+    return (raw.unsqueeze(1) >> shifts & (1 << about["width"]) - 1).flatten()[:count].reshape(shape)
+
+
+def _width(tensor: Tensor) -> int:
+    """Bits per value that the file needs: 2 or 4 for small codes, else those of the dtype."""
+    if tensor.dtype != torch.uint8 or not tensor.numel():
+        return 8 * tensor.dtype.itemsize
+    largest = int(tensor.max())
+    return next(bits for bits in (2, 4, 8) if largest < 1 << bits)
+
+
+def _narrow(tensor: Tensor, width: int) -> Tensor:
+    if width == 8 * tensor.dtype.itemsize:
+        return tensor
+    flat, per_byte = tensor.cpu().flatten(), 8 // width
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % per_byte)).view(-1, per_byte)
+    shifted = padded << torch.arange(0, 8, width, dtype=torch.uint8)
+    return shifted.sum(1, dtype=torch.uint8)

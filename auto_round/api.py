@@ -26,6 +26,7 @@ from auto_round.jobs.journal import Journal, Resumed
 from auto_round.jobs.manifest import manifest
 from auto_round.jobs.quantize import Observer, Writer, quantize
 from auto_round.models import load
+from auto_round.models.anatomy import experts_of
 from auto_round.models.device import execution_dtype, pick_device
 from auto_round.models.shards import parse_size
 from auto_round.models.subject import Subject, check_sources, open_subject
@@ -347,7 +348,7 @@ class AutoRound:
             version=__version__,
             blocks=tuple(prefix for prefix, blocks in lists if used & set(blocks)),
             tuning=tuning,
-            float_layers=tuple(name for name in body.layers if name not in plan),
+            float_layers=(*(name for name in body.layers if name not in plan), *body.routers),
         )
 
 
@@ -397,8 +398,13 @@ def _mixed(plan: Plan) -> Iterator[str]:
     """One remark per kind of fused set whose layers differ, with the number of blocks it is so in."""
     kinds: Counter[tuple[str, str]] = Counter()
     for names in plan.mixed_fused_sets():
+        experts = experts_of(names[0])
+        place = names[0].rpartition(".")[0] if experts is None else experts
         settings = ", ".join(f"{name.rsplit('.', 1)[-1]}: {plan[name]}" for name in names)
-        kinds[re.sub(r"\.\d+\.", ".*.", names[0].rsplit(".", 1)[0]), settings] += 1
+        if experts is not None:
+            counts = Counter(str(plan[name]) for name in names)
+            settings = ", ".join(f"{count} layers {scheme}" for scheme, count in counts.items())
+        kinds[re.sub(r"\.\d+\.", ".*.", place), settings] += 1
     for (place, settings), count in kinds.items():
         yield f"{place} ({count} times): servers merge these layers and refuse different settings ({settings})"
 

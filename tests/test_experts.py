@@ -1,8 +1,12 @@
 """Mixtures of experts: every expert matrix is a layer under its checkpoint name, tuned, written, loaded."""
 
+import copy
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
-from models import MOES, samples, tiny
+from models import MOES, loaded, logits, samples, tiny
 from safetensors.torch import load_file
 
 from auto_round import AutoRound
@@ -76,15 +80,47 @@ def test_pieces_are_the_matrices_that_an_expert_multiplies_by():
         torch.testing.assert_close(own, both[:, part::2])
 
 
-@each_moe
-def test_streamed_bytes_are_the_bytes_made_in_memory(name, tmp_path):
-    model = tiny(name, tmp_path / "model")
-    AutoRound(tmp_path / "model", **RTN).quantize_and_save(tmp_path / "a", format="auto_round,fake")
-    AutoRound(model, **RTN).quantize_and_save(tmp_path / "b", format="auto_round,fake")
+@pytest.fixture(scope="module", params=MOES)
+def rounded(request, tmp_path_factory):
+    """One plainly rounded checkpoint per shape, streamed, in two formats."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = tiny(request.param, folder / "model")
+    AutoRound(folder / "model", **RTN).quantize_and_save(folder / "out", format="auto_round,fake")
+    return SimpleNamespace(name=request.param, model=model, out=folder / "out")
+
+
+def test_streamed_bytes_are_the_bytes_made_in_memory(rounded, tmp_path):
+    AutoRound(copy.deepcopy(rounded.model), **RTN).quantize_and_save(tmp_path, format="auto_round,fake")
     for fmt in ("auto-round", "fake"):
-        assert files_of(tmp_path / "a" / fmt) == files_of(tmp_path / "b" / fmt)
-    packed = load_file(tmp_path / "a" / "auto-round" / "model.safetensors")
-    assert {f"{layer}.qweight" for layer in expected_layers(name)} <= set(packed)
+        assert files_of(rounded.out / fmt) == files_of(tmp_path / fmt)
+
+
+def test_every_expert_matrix_is_packed_and_every_router_kept(rounded):
+    packed = load_file(rounded.out / "auto-round" / "model.safetensors")
+    assert {f"{layer}.qweight" for layer in expected_layers(rounded.name)} <= set(packed)
+    assert not [name for name in packed if re.search(r"experts\.(\d+\..*\.weight|gate_up_proj)$", name)]
+    routers = [
+        name for name in packed if name.endswith((".gate.weight", ".router.weight", "expert_gate.weight"))
+    ]
+    assert len(routers) >= 2 - FIRST_MOE_BLOCK.get(rounded.name, 0)
+
+
+def test_packed_experts_load_as_the_model_with_rounded_weights(rounded):
+    packed, plain = loaded(rounded.out / "auto-round"), loaded(rounded.out / "fake")
+    torch.testing.assert_close(logits(packed), logits(plain), atol=1e-5, rtol=1e-5)
+    assert (logits(plain) - logits(rounded.model)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+def test_experts_may_differ_in_their_scheme(name, tmp_path, caplog):
+    tiny(name, tmp_path / "model")
+    job = AutoRound(
+        tmp_path / "model", ignore_layers=".experts.1", layer_config={".experts.2": {"bits": 8}}, **RTN
+    )
+    job.quantize_and_save(tmp_path / "out", format="auto_round,fake")
+    assert "(2 times)" in caplog.text and "3 layers float" in caplog.text and "3 layers int8" in caplog.text
+    packed, plain = loaded(tmp_path / "out" / "auto-round"), loaded(tmp_path / "out" / "fake")
+    torch.testing.assert_close(logits(packed), logits(plain), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])

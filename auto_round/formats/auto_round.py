@@ -16,7 +16,7 @@ from auto_round.core.groups import group_size
 from auto_round.core.layouts import AWQ_BITS, read_awq, read_gptq, write_awq, write_gptq
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
-from auto_round.core.scheme import Scheme, TensorSpec
+from auto_round.core.scheme import FLOAT, Scheme, TensorSpec
 from auto_round.formats.base import (
     Format,
     Provenance,
@@ -74,6 +74,10 @@ class Packing(Format):
         """Global settings, and `extra_config` for every layer that departs from them."""
         base = _base(plan)
         extra = departures(plan, base, provenance.blocks)
+        inside = tuple(f"{block}." for block in provenance.blocks)
+        for name in provenance.float_layers:
+            if name.startswith(inside):
+                extra[name] = {key: FLOAT.to_flat()[key] for key in ("bits", "data_type")}
         config = {
             **base.to_flat(),
             "quant_method": "auto-round",

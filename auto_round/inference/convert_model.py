@@ -20,7 +20,10 @@ from auto_round.core.errors import FormatError, SchemeError
 from auto_round.core.scheme import Scheme
 from auto_round.core.settings import settings
 from auto_round.formats.base import Format, format_named
+from auto_round.models import quirks
 from auto_round.models.anatomy import block_lists, is_matrix, shape_of
+from auto_round.models.expert_modules import separate
+from auto_round.models.experts import find_experts
 from auto_round.models.memory import available_memory
 
 logger = logging.getLogger("auto_round")
@@ -65,11 +68,13 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
     wanted = str(config.get("backend", "auto"))
     choices: dict[str, Choice] = {}
     counts: Counter[str] = Counter()
-    for name, scheme in _schemes(model, config).items():
+    schemes = _schemes(model, config)
+    _separate_experts(model, schemes)
+    for name, scheme in schemes.items():
         spec = scheme.weight
-        old = model.get_submodule(name)
         if spec is None:
             continue
+        old = model.get_submodule(name)
         reason = fmt.reject(scheme, shape_of(old))
         if reason:
             raise FormatError(f"{name}: {reason}")
@@ -104,6 +109,14 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         better = "".join(f"; {name} would be faster: {what}" for name, what in choice.better.items())
         logger.info("%d layers %s%s", counts[kind], kind, better)
     return model, sorted({choice.backend.name for choice in choices.values()})
+
+
+def _separate_experts(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
+    """One layer per matrix for every module of fused experts that has a quantized one."""
+    for experts in find_experts(model):
+        own = [schemes[layer] for layer, _ in experts.pieces() if layer in schemes]
+        if any(scheme.weight is not None for scheme in own):
+            separate(model, experts)
 
 
 def post_init(model: nn.Module, used_backends: list[str]) -> None:
@@ -162,10 +175,10 @@ def _schemes(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Scheme]:
     extra, patterns = _extra_config(config)
     prefixes = _prefixes(model, config)
     found = {}
-    for name, module in model.named_modules():
-        if not is_matrix(module):
-            continue
+    for name in _matrices(model):
         settings_of_layer = _layer_settings(name, extra, patterns)
+        if settings_of_layer is None and name.endswith(quirks.ROUTER_ENDINGS):
+            continue
         inside = any(name.startswith(f"{prefix}.") for prefix in prefixes)
         if not inside and settings_of_layer is None and not (config.get("lm_head") and name == "lm_head"):
             continue
@@ -177,6 +190,12 @@ def _schemes(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Scheme]:
         except SchemeError as error:
             raise FormatError(f"{name}: {error}") from error
     return found
+
+
+def _matrices(model: nn.Module) -> list[str]:
+    """Names, in checkpoints, of everything that may be quantized."""
+    plain = [name for name, module in model.named_modules() if is_matrix(module)]
+    return plain + [layer for experts in find_experts(model) for layer, _ in experts.pieces()]
 
 
 def _extra_config(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:

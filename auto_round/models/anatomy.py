@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from auto_round.core.errors import ModelError, PlanError
 from auto_round.models import quirks
-from auto_round.models.experts import Experts, Piece, find_experts, fuse
+from auto_round.models.experts import Experts, Piece, SavedNames, find_experts, fuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +47,17 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Anatomy:
-    """Blocks in order, one inner tuple per block list; layers in model order; the output head; fused experts."""
+    """Blocks in order, one inner tuple per block list; layers in model order; the output head.
+
+    experts: the modules of fused experts. routers: matrices in blocks that choose among experts, never quantized.
+    """
 
     layers: Mapping[str, Layer]
     block_lists: tuple[tuple[str, ...], ...]
     head: str | None
     tied: bool
     experts: tuple[Experts, ...] = ()
+    routers: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -206,8 +210,19 @@ def anatomy(model: nn.Module) -> Anatomy:
         experts=tuple(
             module for module in experts.values() if any(p in owner for p in _prefixes(module.path))
         ),
+        routers=tuple(_routers(model, owner)),
         notes=tuple(_notes(model, owner, layers.values())),
     )
+
+
+def _routers(model: nn.Module, blocks: Mapping[str, str]) -> Iterator[str]:
+    """Names in checkpoints of the matrices that choose among experts."""
+    saved = SavedNames(model)
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        inside = any(prefix in blocks for prefix in _prefixes(name))
+        if inside and name.endswith(quirks.ROUTER_ENDINGS) and weight is not None and weight.ndim == 2:
+            yield saved.renamed(f"{name}.weight").removesuffix(".weight")
 
 
 def _expert_layers(experts: Experts, module: nn.Module, block: str) -> dict[str, Layer]:

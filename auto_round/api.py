@@ -29,6 +29,7 @@ from auto_round.models import load
 from auto_round.models.anatomy import experts_of
 from auto_round.models.device import execution_dtype, pick_device
 from auto_round.models.shards import parse_size
+from auto_round.models.stored import streamed_subject
 from auto_round.models.subject import Subject, check_sources, open_subject
 from auto_round.options import Options
 from auto_round.recipes import Recipe, algorithm_named
@@ -176,6 +177,12 @@ class AutoRound:
 
     def subject(self) -> Subject:
         """The model as files and layers."""
+        if self._subject is None and self.folder is not None and self._streams():
+            self._subject = streamed_subject(
+                self.folder,
+                blocks=self.options.to_quant_block_names,
+                trust_remote_code=self.options.trust_remote_code,
+            )
         if self._subject is None:
             self._subject = open_subject(
                 self.folder,
@@ -188,6 +195,11 @@ class AutoRound:
                 head=self.options.quant_lm_head,
             )
         return self._subject
+
+    def _streams(self) -> bool:
+        """Whether weights are all that this job will look at, whatever data there is."""
+        plain = self.options.model_free or (self.numbers.iters == 0 and self.numbers.disable_opt_rtn)
+        return plain and self.model is None and not self.options.disable_model_free
 
     def steps(self) -> list[Step]:
         """The recipe as a list of steps."""

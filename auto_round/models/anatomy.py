@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,8 @@ class Anatomy:
     experts: tuple[Experts, ...] = ()
     routers: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that are never quantized, with the reason, as far as names tell."""
 
     @property
     def prefixes(self) -> tuple[str, ...]:
@@ -197,9 +199,7 @@ def anatomy(model: nn.Module) -> Anatomy:
             layers.update(_expert_layers(experts[name], module, block))
         if not is_matrix(module):
             continue
-        if name.endswith(quirks.ROUTER_ENDINGS) or (
-            block is None and any(w in name for w in quirks.NON_TEXT_WORDS)
-        ):
+        if quirks.left_alone(name) or (block is None and any(w in name for w in quirks.NON_TEXT_WORDS)):
             continue
         layers[name] = Layer(name, shape_of(module), isinstance(module, Conv1D), block)
     return Anatomy(

@@ -169,6 +169,15 @@ def skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
         raise ModelError(f"{folder}: transformers does not know this architecture: {error}") from error
 
 
+def knows(folder: Path, *, trust_remote_code: bool = False) -> bool:
+    """Whether transformers can build the module tree of the model in `folder`."""
+    try:
+        skeleton(folder, trust_remote_code=trust_remote_code)
+    except ModelError:
+        return False
+    return True
+
+
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any | None:
     """The tokenizer of a model folder, or None when it has none."""
     if not any(path.name.startswith(("tokenizer", "vocab", "spiece", "merges")) for path in folder.iterdir()):

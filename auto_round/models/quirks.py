@@ -1,5 +1,7 @@
 """Facts about architectures, as data: only what the module tree cannot tell."""
 
+import re
+
 FUSED_NAMES = (
     frozenset({"q_proj", "k_proj", "v_proj"}),
     frozenset({"gate_proj", "up_proj"}),
@@ -10,6 +12,29 @@ FUSED_NAMES = (
 
 ROUTER_ENDINGS = (".gate", ".router", ".shared_expert_gate", ".gate.wg")
 """Matrices that choose experts: tiny, and never quantized."""
+
+STATE_ENDINGS = (".dt_proj", ".x_proj", ".in_proj_a", ".in_proj_b", ".in_proj_ba", ".A_log")
+"""Small projections that steer the step size and the decay of state-space and linear attention."""
+
+
+def left_alone(name: str) -> str | None:
+    """Why the matrix `name` is never quantized, wherever it is, or None."""
+    if name.endswith(ROUTER_ENDINGS):
+        return "it chooses experts: tiny, and routing must not change"
+    if name.endswith(STATE_ENDINGS):
+        return "it steers a recurrent state: tiny, and errors add up over the sequence"
+    return None
+
+
+HEADS = ("lm_head", "embed_out", "output")
+EMBEDDINGS = ("embed", "wte", "wpe", "relative_attention_bias")
+"""Last words of the names of output heads, and words that mark tables of embeddings."""
+
+PREDICTION = re.compile(r"(^|\.)(mtp|nextn|mtp_layers)(\.|$)")
+"""Names of the layers that predict several tokens at once."""
+
+INTERLEAVED_EXPERTS = ("gpt_oss",)
+"""Values of model_type whose fused gate and up alternate row by row."""
 
 FUSED_EXPERTS = {"Llama4TextExperts": (True, False)}
 """Modules of fused experts that do not tell their layout: class name -> (stored (I, O), gate and up interleaved)."""

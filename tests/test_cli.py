@@ -198,7 +198,6 @@ LATER = [
     ["--enable_torch_compile"],
     ["--scheme", "W4A16_MIXED"],
     ["--format", "gguf:q4_k_m"],
-    ["--format", "llm_compressor"],
     ["--format", "fp8"],
 ]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from auto_round.core.errors import FormatError, NotYetError, nearest
+from auto_round.core.groups import group_size
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.core.registry import discover
@@ -27,12 +28,14 @@ class Provenance:
 
     blocks: name prefixes of the quantized block lists ("model.layers"). tuning: settings that differ from defaults.
     float_layers: matrices outside the plan that stay in floating point ("lm_head").
+    float_tensors: every matrix that was written in floating point, routers and embeddings too.
     """
 
     version: str
     blocks: tuple[str, ...]
     tuning: Mapping[str, object] = field(default_factory=dict)
     float_layers: tuple[str, ...] = ()
+    float_tensors: tuple[str, ...] = ()
 
 
 class Format(ABC):
@@ -103,6 +106,24 @@ def indivisible(shape: tuple[int, int]) -> str | None:
     return None
 
 
+def ragged(spec: TensorSpec, shape: tuple[int, int]) -> str | None:
+    """Why rows of `shape` (O, I) do not suit a format without partial groups, or None."""
+    size = group_size(shape, spec.group)
+    if isinstance(spec.group, tuple) or spec.group < 1 or shape[1] % size == 0:
+        return None
+    return f"rows of {shape[1]} are no whole groups of {size}"
+
+
+def leave_ragged(plan: Plan) -> Plan:
+    """`plan` with the layers whose rows are no whole number of groups left in floating point, each with its reason."""
+    for name in plan.quantized():
+        spec = plan[name].weight
+        reason = None if spec is None else ragged(spec, plan.shapes[name])
+        if reason:
+            plan = plan.override({name: None}, reason)
+    return plan
+
+
 def reject_integer(
     name: str,
     scheme: Scheme,
@@ -148,7 +169,7 @@ def asymmetric_eight_bits(plan: Plan) -> Iterator[str]:
     if any(spec is not None and spec.bits == 8 and not spec.sym for spec in specs):
         yield (
             "asymmetric 8 bits: transformers loads them, but servers have kernels for symmetric 8 bits only; "
-            "leave --asym out, or wait for the llm_compressor format"
+            "leave --asym out, or use --format llm_compressor"
         )
 
 
@@ -169,7 +190,7 @@ def planned_tensors(
     return fmt.write(meta_quantized(spec, shape, act))
 
 
-PLANNED = ("llm_compressor", "auto_round:llm_compressor", "fp8", "auto_round:fp8")
+PLANNED = ("fp8", "auto_round:fp8")
 
 
 ALIASES = {

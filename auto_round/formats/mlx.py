@@ -22,7 +22,7 @@ from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.core.rounding import STORAGE
 from auto_round.core.scheme import Scheme, TensorSpec
-from auto_round.formats.base import Format, Provenance, departures, reject_integer
+from auto_round.formats.base import Format, Provenance, departures, leave_ragged, ragged, reject_integer
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
@@ -43,26 +43,16 @@ class MLX(Format):
         spec, size = scheme.weight, group_size(shape, scheme.weight.group)
         if size not in GROUPS:
             return f"{self.name} has groups of 32, 64 or 128, got {size}. Use --group_size 64, say"
-        if shape[1] % size:
-            return _ragged(shape, size)
         if not spec.sym and (1 << spec.bits) * torch.finfo(STORAGE[spec.scale_dtype]).eps > 1:
             return (
                 f"{self.name}: a {spec.bits}-bit zero point does not survive in a {spec.scale_dtype} bias. "
                 "Use --scale_dtype float16, or leave --asym out"
             )
-        return None
+        return ragged(spec, shape)
 
     def check(self, plan: Plan) -> Plan:
         """As for every format; rows that are no whole number of groups stay in floating point. Raises FormatError."""
-        for name in plan.quantized():
-            spec, shape = plan[name].weight, plan.shapes[name]
-            assert spec is not None, "quantized() names layers with a spec"
-            size = group_size(shape, spec.group)
-            if size in GROUPS and shape[1] % size:
-                plan = plan.override(
-                    {name: None}, f"rows of {shape[1]} are no whole groups of {size} for mlx"
-                )
-        return super().check(plan)
+        return super().check(leave_ragged(plan))
 
     def write(self, q: Quantized) -> dict[str, Tensor]:
         """weight, scales, biases. Raises FormatError when a bias overflows the dtype of the scales."""
@@ -119,10 +109,6 @@ class MLX(Format):
             if rotary.get("rope_type", "default") != "default":
                 described.setdefault("rope_scaling", rotary)
         return {**described, "quantization": quantization(plan, provenance)}
-
-
-def _ragged(shape: tuple[int, int], size: int) -> str:
-    return f"rows of {shape[1]} are no whole groups of {size}, which mlx needs"
 
 
 def quantization(plan: Plan, provenance: Provenance) -> dict[str, object]:

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -208,10 +208,22 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
 
     def config(self) -> dict[str, Any]:
         """config.json: that of the model, with what the written tensors are."""
-        config = self.format.describe(self.subject.files.config, self.written_plan(), self.provenance)
+        provenance = replace(self.provenance, float_tensors=self._float_matrices())
+        config = self.format.describe(self.subject.files.config, self.written_plan(), provenance)
         if any(self.subject.unties(layer) for layer in self.plan.quantized()):
             config["tie_word_embeddings"] = False
         return config
+
+    def _float_matrices(self) -> tuple[str, ...]:
+        """Modules, by the model's names, whose weight is a matrix that was copied as it is."""
+        names = {stored: name for name, stored in self.subject.names.items()}
+        infos = self._shards.infos
+        copied = (name for name in self.account.copied if name.endswith(".weight"))
+        return tuple(
+            names.get(name, name).removesuffix(".weight")
+            for name in copied
+            if len(infos[name].shape) == 2 and infos[name].dtype.is_floating_point
+        )
 
     def written_plan(self) -> Plan:
         """The plan as the files have it: what was not written counts as floating point."""

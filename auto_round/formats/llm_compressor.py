@@ -1,0 +1,207 @@
+"""The compressed-tensors checkpoint (quant_method "compressed-tensors") that vLLM, SGLang and transformers read.
+
+`config_groups` says for each set of layers how weights and inputs are represented; `ignore` names every matrix that was
+written in floating point. Both are made from what was written, never from what was asked for.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from auto_round.core import bits as packing
+from auto_round.core.errors import FormatError
+from auto_round.core.groups import group_rows, group_size, groups_per_row, merge, split
+from auto_round.core.layouts import check_shapes, middle
+from auto_round.core.plan import Plan
+from auto_round.core.quantized import Quantized, input_tensors, inputs_among
+from auto_round.core.rounding import STORAGE
+from auto_round.core.scheme import Scheme, TensorSpec
+from auto_round.formats.base import Format, Provenance, indivisible, leave_ragged, ragged
+from auto_round.models.checkpoint import natural
+
+PACKED, PLAIN = "pack-quantized", "int-quantized"
+MIXED = "mixed-precision"
+
+
+@dataclass(frozen=True)
+class LLMCompressor(Format):
+    """Integers packed into words along the row, or one int8 per weight where inputs are quantized too.
+
+    plain: the specs of the layers that are stored as int8, for a plan that has been looked at.
+    """
+
+    name: str
+    plain: frozenset[TensorSpec] = frozenset()
+
+    def resolve(self, plan: Plan) -> Format:
+        """The same format, knowing which layers of `plan` have quantized inputs. Raises FormatError for a clash."""
+        schemes = [plan[name] for name in plan.quantized()]
+        plain = frozenset(s.weight for s in schemes if s.weight is not None and s.act is not None)
+        for name in plan.quantized():
+            if plan[name].act is None and plan[name].weight in plain:
+                raise FormatError(
+                    f"{name}: {self.name} cannot tell it from layers with the same weights and quantized inputs. "
+                    "Give it another group size, or quantize the inputs of all or none"
+                )
+        return replace(self, plain=plain)
+
+    def reject(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        """Integers with one scale per row or group; with quantized inputs, symmetric ones."""
+        spec, act = scheme.weight, scheme.act
+        if spec is None:
+            return None
+        if spec.dtype != "int":
+            return f"{self.name} has no layout for {spec.dtype!r}. Use --format fake"
+        if spec.group == 0 or isinstance(spec.group, tuple):
+            return (
+                f"{self.name} has integers with a scale per row or group, got group size {spec.group}. Use -1"
+            )
+        if spec.scale_dtype not in STORAGE:
+            return f"{self.name} stores scales in {', '.join(STORAGE)}, got {spec.scale_dtype}"
+        if act is not None and not spec.sym:
+            return f"{self.name}: integers with quantized inputs are symmetric. Leave --asym out"
+        if act is not None and act.dtype != "int":
+            return f"{self.name}: integer weights go with integer inputs, got {act}. Use --act_data_type int"
+        return ragged(spec, shape) or (None if act is None else _reject_inputs(self.name, act))
+
+    def keep_float(self, shape: tuple[int, int]) -> str | None:
+        """Rows and columns must be multiples of 32."""
+        return indivisible(shape)
+
+    def check(self, plan: Plan) -> Plan:
+        """As for every format; rows that are no whole number of groups stay in floating point. Raises FormatError."""
+        return super().check(leave_ragged(plan))
+
+    def remarks(self, plan: Plan) -> Iterator[str]:
+        """What compressed-tensors holds and some reader does not take."""
+        specs = {s for name in plan.quantized() if (s := plan[name].weight) is not None}
+        if any(not spec.sym for spec in specs):
+            yield (
+                "asymmetric layers in llm_compressor: vLLM reads them; transformers (5.23) does so with "
+                "quantization_config=CompressedTensorsConfig(dequantize=True) only"
+            )
+        odd = sorted({spec.bits for spec in specs - self.plain if spec.bits not in (4, 8)})
+        if odd:
+            widths = ", ".join(map(str, odd))
+            yield f"{widths} bits in llm_compressor: transformers loads them, vLLM has kernels for 4 and 8 bits only"
+
+    def write(self, q: Quantized) -> dict[str, Tensor]:
+        """Codes, `weight_scale` (O, groups per row), zero points when asymmetric, and input scales when static."""
+        codes = merge(q.codes, q.shape, q.spec.group)
+        scale = q.params["scale"].reshape(group_rows(q.shape, q.spec.group), -1)
+        if q.spec in self.plain:
+            signed = (codes.to(torch.int16) - middle(q.spec)).to(torch.int8)
+            return {"weight": signed, "weight_scale": scale, **input_tensors(q)}
+        tensors = {
+            "weight_packed": packing.pack(codes.t(), q.spec.bits).t().contiguous(),
+            "weight_scale": scale,
+            "weight_shape": torch.tensor(q.shape, dtype=torch.int64).to(codes.device),
+        }
+        if not q.spec.sym:
+            zero = q.params["zero"].reshape(scale.shape)
+            tensors["weight_zero_point"] = packing.pack(zero, q.spec.bits)
+        return tensors
+
+    def read(self, tensors: Mapping[str, Tensor], spec: TensorSpec, shape: tuple[int, int]) -> Quantized:
+        """The inverse of `write`; which layout it is shows in the names. Raises FormatError when one does not fit."""
+        scales = (group_rows(shape, spec.group), groups_per_row(shape, spec.group))
+        params = {"scale": tensors["weight_scale"].reshape(-1, 1)} if "weight_scale" in tensors else {}
+        if "weight_packed" in tensors:
+            words = shape[1] * spec.bits // packing.WORD
+            expected: dict[str, tuple[int, ...]] = {
+                "weight_packed": (shape[0], words),
+                "weight_scale": scales,
+            }
+            if not spec.sym:
+                expected["weight_zero_point"] = (shape[0] * spec.bits // packing.WORD, scales[1])
+            check_shapes(tensors, {**expected, "weight_shape": (2,)})
+            stated = tensors["weight_shape"]
+            if stated.device.type != "meta" and tuple(stated.tolist()) != shape:
+                raise FormatError(f"weight_shape says {tuple(stated.tolist())}, the model {shape}")
+            codes = packing.unpack(tensors["weight_packed"].t(), spec.bits).t()
+            if not spec.sym:
+                zero = packing.unpack(tensors["weight_zero_point"], spec.bits)
+                params["zero"] = zero.reshape(-1, 1)
+        else:
+            check_shapes(tensors, {"weight": shape, "weight_scale": scales})
+            codes = (tensors["weight"].to(torch.int16) + middle(spec)).to(torch.uint8)
+        grouped = split(codes.contiguous(), spec.group).contiguous()
+        return Quantized(spec=spec, shape=shape, codes=grouped, params=params, inputs=inputs_among(tensors))
+
+    def config(self, plan: Plan, provenance: Provenance) -> dict[str, object]:
+        """`config_groups`, the rarest first; the last one is for every other Linear. `ignore`: the float matrices."""
+        groups: dict[Scheme, list[str]] = defaultdict(list)
+        blocks = tuple(f"{block}." for block in provenance.blocks)
+        for name in plan.quantized():
+            groups[_as_stored(plan[name], plan.shapes[name])].append(name)
+        common = max(groups, key=lambda scheme: sum(name.startswith(blocks) for name in groups[scheme]))
+        entries: list[tuple[Scheme, list[str]]] = []
+        for scheme, names in groups.items():
+            # Servers hold the head in a class of its own, which "Linear" does not mean.
+            outside = [name for name in names if scheme != common or not name.startswith(blocks)]
+            entries += [(scheme, sorted(outside, key=natural))] if outside else []
+        entries.append((common, ["Linear"]))
+        layouts = {self._layout(scheme) for scheme in groups}
+        left = {name for name in plan if plan[name].weight is None}
+        return {
+            "config_groups": {f"group_{i}": self._group(*entry) for i, entry in enumerate(entries)},
+            "format": layouts.pop() if len(layouts) == 1 else MIXED,
+            "global_compression_ratio": None,
+            "ignore": sorted(left.union(provenance.float_layers, provenance.float_tensors), key=natural),
+            "kv_cache_scheme": None,
+            "provider": "auto-round",
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+        }
+
+    def _layout(self, scheme: Scheme) -> str:
+        return PACKED if scheme.act is None else PLAIN
+
+    def _group(self, scheme: Scheme, targets: list[str]) -> dict[str, object]:
+        assert scheme.weight is not None, "groups are of quantized layers"
+        return {
+            "format": self._layout(scheme),
+            "input_activations": None if scheme.act is None else _arguments(scheme.act, inputs=True),
+            "output_activations": None,
+            "targets": targets,
+            "weights": _arguments(scheme.weight, inputs=False),
+        }
+
+
+def _reject_inputs(name: str, act: TensorSpec) -> str | None:
+    if act.dynamic == (act.group == 0):
+        return (
+            f"{name}: inputs have a static scale for the tensor or dynamic ones per token or group, got {act}. "
+            "Use --act_group_size -1, or 0 with --disable_act_dynamic"
+        )
+    return None
+
+
+def _as_stored(scheme: Scheme, shape: tuple[int, int]) -> Scheme:
+    """`scheme` with a group larger than the row cut to the row, as the tensors have it."""
+    spec = scheme.weight
+    if spec is None or isinstance(spec.group, tuple) or spec.group < 1:
+        return scheme
+    return replace(scheme, weight=replace(spec, group=group_size(shape, spec.group)))
+
+
+def _arguments(spec: TensorSpec, *, inputs: bool) -> dict[str, object]:
+    """How compressed-tensors says what `spec` says."""
+    per_row = "token" if inputs else "channel"
+    strategy = per_row if spec.group == -1 else "tensor" if spec.group == 0 else "group"
+    return {
+        "dynamic": inputs and spec.dynamic,
+        "group_size": spec.group if strategy == "group" else None,
+        "num_bits": spec.bits,
+        "strategy": strategy,
+        "symmetric": spec.sym,
+        "type": "int",
+    }
+
+
+ENTRIES = (LLMCompressor("llm_compressor"), LLMCompressor("auto_round:llm_compressor"))

@@ -1,11 +1,13 @@
 """Formats: read(write(q)) == q for every format, scheme and shape it accepts; golden bytes."""
 
 import itertools
+import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from auto_round.codecs.base import codec_of, fake
+from auto_round.codecs.base import codec_of, fake, preset, presets, stored_inputs
 from auto_round.core.errors import FormatError, NotYetError
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
@@ -321,6 +323,67 @@ def test_integers_with_quantized_inputs_are_stored_one_per_byte_in_twos_compleme
     group = fmt.config(plan, PROVENANCE)["config_groups"]["group_0"]
     assert group["format"] == "int-quantized" and group["weights"]["strategy"] == "channel"
     assert group["input_activations"]["strategy"] == "token" and group["input_activations"]["dynamic"] is True
+
+
+STORED = {
+    "W4A16": (
+        "pack-quantized",
+        {"weight_packed": "int32 64x32", "weight_scale": "float16 64x2", "weight_shape": "int64 2"},
+    ),
+    "MXFP4": ("mxfp4-pack-quantized", {"weight_packed": "uint8 64x128", "weight_scale": "uint8 64x8"}),
+    "MXFP6": ("mxfp6-pack-quantized", {"weight_packed": "uint8 64x192", "weight_scale": "uint8 64x8"}),
+    "MXFP8": ("mxfp8-quantized", {"weight": "float8_e4m3fn 64x256", "weight_scale": "uint8 64x8"}),
+    "NVFP4": (
+        "nvfp4-pack-quantized",
+        {
+            "weight_packed": "uint8 64x128",
+            "weight_scale": "float8_e4m3fn 64x16",
+            "weight_global_scale": "float32 1",
+            "input_global_scale": "float32 1",
+        },
+    ),
+    "FPW8A16": ("naive-quantized", {"weight": "float8_e4m3fn 64x256", "weight_scale": "bfloat16 1"}),
+    "FP8_STATIC": (
+        "float-quantized",
+        {"weight": "float8_e4m3fn 64x256", "weight_scale": "bfloat16 64x1", "input_scale": "bfloat16 1"},
+    ),
+    "FP8_DYNAMIC": ("float-quantized", {"weight": "float8_e4m3fn 64x256", "weight_scale": "bfloat16 64x1"}),
+    "FP8_BLOCK": ("float-quantized", {"weight": "float8_e4m3fn 64x256", "weight_scale": "bfloat16 1x2"}),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_compressed_tensors_finds_the_tensors_it_allocates(name):
+    scheme, shape = preset(name), (64, 256)
+    plan = Plan({"x.y": scheme}, shapes={"x.y": shape}, base=scheme)
+    fmt = format_named("llm_compressor").resolve(plan)
+    layout, expected = STORED[name]
+    written = fmt.write(meta_quantized(scheme.weight, shape, scheme.act))
+    assert {
+        k: f"{t.dtype} {'x'.join(map(str, t.shape))}".removeprefix("torch.") for k, t in written.items()
+    } == expected
+    config = fmt.config(plan, PROVENANCE)
+    assert config["format"] == layout and config["config_groups"]["group_0"]["format"] == layout
+    json.dumps(config)
+
+
+ACCEPTED = [
+    (name, chosen)
+    for name, chosen in itertools.product(formats(), presets())
+    if formats()[name].holds_codes and formats()[name].reject(preset(chosen), (64, 256)) is None
+]
+
+
+@pytest.mark.parametrize(("name", "chosen"), ACCEPTED)
+def test_every_preset_survives_every_format_that_takes_it(name, chosen):
+    scheme = preset(chosen)
+    if scheme.weight is None:
+        return
+    plan = Plan({"x.y": scheme}, shapes={"x.y": (64, 256)}, base=scheme)
+    fmt = format_named(name).resolve(plan)
+    _, q = quantized(scheme.weight, (64, 256))
+    q = replace(q, inputs=stored_inputs(scheme.act, torch.tensor(-3.0), torch.tensor(2.0)))
+    assert fmt.read(fmt.write(q), scheme.weight, q.shape).equals(q)
 
 
 def test_layers_that_compressed_tensors_could_not_tell_apart_are_refused():

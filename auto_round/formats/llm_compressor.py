@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from auto_round.core import bits as packing
+from auto_round.core.element_layouts import read_elements, write_elements
 from auto_round.core.errors import FormatError
 from auto_round.core.groups import group_rows, group_size, groups_per_row, merge, split
 from auto_round.core.layouts import check_shapes, middle
@@ -24,13 +25,24 @@ from auto_round.core.scheme import Scheme, TensorSpec
 from auto_round.formats.base import Format, Provenance, indivisible, leave_ragged, ragged
 from auto_round.models.checkpoint import natural
 
-PACKED, PLAIN = "pack-quantized", "int-quantized"
-MIXED = "mixed-precision"
+PACKED, PLAIN, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
+FLOATS = {
+    ("fp", 8, ""): "float-quantized",
+    ("mx_fp", 4, ""): "mxfp4-pack-quantized",
+    ("mx_fp", 6, ""): "mxfp6-pack-quantized",
+    ("mx_fp", 8, ""): "mxfp8-quantized",
+    ("nv_fp", 4, ""): "nvfp4-pack-quantized",
+}
+"""Layout by data type, bits and element."""
+WEIGHTS_ONLY = {"float-quantized": "naive-quantized"}
+"""Layouts that go by another name when inputs stay in floating point."""
+SCALES = {"e8m0": "torch.uint8", "e4m3": "torch.float8_e4m3fn"}
+MX_GROUP, NV_GROUP = 32, 16
 
 
 @dataclass(frozen=True)
 class LLMCompressor(Format):
-    """Integers packed into words along the row, or one int8 per weight where inputs are quantized too.
+    """Integers packed into words along the row, or one int8 per weight where inputs are quantized too; small floats.
 
     plain: the specs of the layers that are stored as int8, for a plan that has been looked at.
     """
@@ -51,23 +63,37 @@ class LLMCompressor(Format):
         return replace(self, plain=plain)
 
     def reject(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
-        """Integers with one scale per row or group; with quantized inputs, symmetric ones."""
+        """Integers with a scale per row or group, symmetric with quantized inputs; floats that have a layout."""
         spec, act = scheme.weight, scheme.act
         if spec is None:
             return None
-        if spec.dtype != "int":
-            return f"{self.name} has no layout for {spec.dtype!r}. Use --format fake"
-        if spec.group == 0 or isinstance(spec.group, tuple):
+        if act is not None and act.dtype != spec.dtype:
             return (
-                f"{self.name} has integers with a scale per row or group, got group size {spec.group}. Use -1"
+                f"{self.name}: {spec.dtype} weights go with {spec.dtype} inputs, got {act}. Set act_data_type"
             )
+        reason = self._reject_integer(spec, act) if spec.dtype == "int" else self._reject_floats(spec)
+        return reason or ragged(spec, shape) or (None if act is None else _reject_inputs(self.name, act))
+
+    def _reject_integer(self, spec: TensorSpec, act: TensorSpec | None) -> str | None:
+        if spec.group == 0:
+            return f"{self.name} has integers with a scale per row or group, got group size 0. Use -1"
         if spec.scale_dtype not in STORAGE:
             return f"{self.name} stores scales in {', '.join(STORAGE)}, got {spec.scale_dtype}"
         if act is not None and not spec.sym:
             return f"{self.name}: integers with quantized inputs are symmetric. Leave --asym out"
-        if act is not None and act.dtype != "int":
-            return f"{self.name}: integer weights go with integer inputs, got {act}. Use --act_data_type int"
-        return ragged(spec, shape) or (None if act is None else _reject_inputs(self.name, act))
+        return None
+
+    def _reject_floats(self, spec: TensorSpec) -> str | None:
+        if _kind(spec) not in FLOATS or spec.scale_dtype == "e5m3":
+            known = ", ".join(f"{dtype}{bits}" for dtype, bits, _ in FLOATS)
+            return (
+                f"{self.name} has layouts for integers and {known}, got {spec} with {spec.scale_dtype} scales. "
+                "Use --format auto_round"
+            )
+        wanted = {"mx_fp": MX_GROUP, "nv_fp": NV_GROUP}.get(spec.dtype, spec.group)
+        if spec.group != wanted:
+            return f"{self.name} has {spec.dtype} in groups of {wanted}, got {spec.group}. Use --group_size {wanted}"
+        return None
 
     def keep_float(self, shape: tuple[int, int]) -> str | None:
         """Rows and columns must be multiples of 32."""
@@ -79,7 +105,7 @@ class LLMCompressor(Format):
 
     def remarks(self, plan: Plan) -> Iterator[str]:
         """What compressed-tensors holds and some reader does not take."""
-        specs = {s for name in plan.quantized() if (s := plan[name].weight) is not None}
+        specs = {s for name in plan.quantized() if (s := plan[name].weight) is not None and s.dtype == "int"}
         if any(not spec.sym for spec in specs):
             yield (
                 "asymmetric layers in llm_compressor: vLLM reads them; transformers (5.23) does so with "
@@ -92,6 +118,12 @@ class LLMCompressor(Format):
 
     def write(self, q: Quantized) -> dict[str, Tensor]:
         """Codes, `weight_scale` (O, groups per row), zero points when asymmetric, and input scales when static."""
+        if q.spec.dtype != "int":
+            tensors = write_elements(q)
+            # A scale for the whole tensor has one dimension.
+            return tensors | (
+                {"weight_scale": tensors["weight_scale"].reshape(1)} if q.spec.group == 0 else {}
+            )
         codes = merge(q.codes, q.shape, q.spec.group)
         scale = q.params["scale"].reshape(group_rows(q.shape, q.spec.group), -1)
         if q.spec in self.plain:
@@ -109,6 +141,8 @@ class LLMCompressor(Format):
 
     def read(self, tensors: Mapping[str, Tensor], spec: TensorSpec, shape: tuple[int, int]) -> Quantized:
         """The inverse of `write`; which layout it is shows in the names. Raises FormatError when one does not fit."""
+        if spec.dtype != "int":
+            return read_elements(tensors, spec, shape)
         scales = (group_rows(shape, spec.group), groups_per_row(shape, spec.group))
         params = {"scale": tensors["weight_scale"].reshape(-1, 1)} if "weight_scale" in tensors else {}
         if "weight_packed" in tensors:
@@ -160,7 +194,11 @@ class LLMCompressor(Format):
         }
 
     def _layout(self, scheme: Scheme) -> str:
-        return PACKED if scheme.act is None else PLAIN
+        assert scheme.weight is not None, "groups are of quantized layers"
+        if scheme.weight.dtype == "int":
+            return PACKED if scheme.act is None else PLAIN
+        layout = FLOATS[_kind(scheme.weight)]
+        return layout if scheme.act is not None else WEIGHTS_ONLY.get(layout, layout)
 
     def _group(self, scheme: Scheme, targets: list[str]) -> dict[str, object]:
         assert scheme.weight is not None, "groups are of quantized layers"
@@ -173,7 +211,14 @@ class LLMCompressor(Format):
         }
 
 
+def _kind(spec: TensorSpec) -> tuple[str, int, str]:
+    """Data type, bits and element; how a scale was found does not show in a file."""
+    return spec.dtype, spec.bits, spec.variant.replace("rceil", "").strip("_")
+
+
 def _reject_inputs(name: str, act: TensorSpec) -> str | None:
+    if act.scale_dtype in SCALES:
+        return None
     if act.dynamic == (act.group == 0):
         return (
             f"{name}: inputs have a static scale for the tensor or dynamic ones per token or group, got {act}. "
@@ -192,16 +237,25 @@ def _as_stored(scheme: Scheme, shape: tuple[int, int]) -> Scheme:
 
 def _arguments(spec: TensorSpec, *, inputs: bool) -> dict[str, object]:
     """How compressed-tensors says what `spec` says."""
-    per_row = "token" if inputs else "channel"
-    strategy = per_row if spec.group == -1 else "tensor" if spec.group == 0 else "group"
-    return {
-        "dynamic": inputs and spec.dynamic,
-        "group_size": spec.group if strategy == "group" else None,
+    two_level = spec.scale_dtype == "e4m3"
+    found: dict[str, object] = {
+        # Inputs with scales of two levels find the finer ones at run time.
+        "dynamic": inputs and ("local" if two_level else spec.dynamic),
+        "group_size": None,
         "num_bits": spec.bits,
-        "strategy": strategy,
+        "strategy": "tensor",
         "symmetric": spec.sym,
-        "type": "int",
+        "type": "int" if spec.dtype == "int" else "float",
     }
+    if isinstance(spec.group, tuple):
+        found |= {"strategy": "block", "block_structure": list(spec.group)}
+    elif spec.group == -1:
+        found["strategy"] = "token" if inputs else "channel"
+    elif spec.group > 0:
+        found |= {"strategy": "tensor_group" if two_level else "group", "group_size": spec.group}
+    if spec.scale_dtype in SCALES:
+        found["scale_dtype"] = SCALES[spec.scale_dtype]
+    return found
 
 
 ENTRIES = (LLMCompressor("llm_compressor"), LLMCompressor("auto_round:llm_compressor"))

@@ -32,12 +32,13 @@ from auto_round.models.shards import parse_size
 from auto_round.models.stored import streamed_subject
 from auto_round.models.subject import Subject, check_sources, open_subject
 from auto_round.options import Options
-from auto_round.recipes import Recipe, algorithm_named
+from auto_round.recipes import Recipe, algorithm_named, recipe_named
 from auto_round.sources.base import Needs, Source
 from auto_round.sources.blocks import Execution, LiveSource
 from auto_round.sources.dataset import DEFAULT_DATASET, Calibration, Request, load_calibration
 from auto_round.sources.tensors import TensorSource
 from auto_round.steps.base import Step
+from auto_round.steps.inputs import InputRanges, needs_calibration
 from auto_round.steps.search import Search
 from auto_round.steps.sign_round import SignRound
 from auto_round.version import __version__
@@ -101,12 +102,10 @@ class AutoRound:
             )
         formats = parse_formats(format or self.options.format or "auto_round")
         for fmt in formats:
-            unheld = [n for n in self.plan.quantized() if fmt.keep_float(self.plan.shapes[n])]
-            if unheld:
-                raise FormatError(
-                    f"{unheld[0]}: {fmt.keep_float(self.plan.shapes[unheld[0]])}, so {fmt.name} cannot hold it"
-                )
-            fmt.check(self.plan)
+            held = fmt.resolve(self.plan).check(self.plan)
+            for name in self.plan.quantized():
+                if held[name].weight is None:
+                    raise FormatError(f"{name}: {held.why[name]}, so {fmt.name} cannot hold it")
         with self._writers(Path(output_dir), formats, self.plan) as writers:
             for name, q in self._kept.layers.items():
                 for writer in writers:
@@ -199,12 +198,18 @@ class AutoRound:
     def _streams(self) -> bool:
         """Whether weights are all that this job will look at, whatever data there is."""
         plain = self.options.model_free or (self.numbers.iters == 0 and self.numbers.disable_opt_rtn)
+        if self.base.act is not None and codec_of(self.base.act).needs_range(self.base.act):
+            return False
         return plain and self.model is None and not self.options.disable_model_free
 
-    def steps(self) -> list[Step]:
-        """The recipe as a list of steps."""
+    def steps(self, plan: Plan) -> list[Step]:
+        """The recipe as a list of steps, for the layers of `plan`."""
         numbers, options = self.numbers, self.options
-        found: list[Step] = [] if numbers.disable_opt_rtn else [Search()]
+        found: list[Step] = []
+        if any(scheme.act is not None for scheme in plan.values()):
+            found.append(InputRanges(calibrated=needs_calibration(plan)))
+        if not numbers.disable_opt_rtn:
+            found.append(Search())
         if numbers.iters:
             found.append(
                 SignRound(
@@ -261,7 +266,7 @@ class AutoRound:
         return self._tokenizer
 
     def _run(self, plan: Plan, writers: Sequence[Writer], journal: Journal | None = None) -> None:
-        steps, observers = self.steps(), self.observers
+        steps, observers = self.steps(plan), self.observers
         source = self._source(steps)
         for observer in observers:
             observer.started(plan, sum(len(blocks) for blocks in self.subject().anatomy.block_lists))
@@ -280,7 +285,10 @@ class AutoRound:
         requires = max((step.requires for step in steps), default=Needs.NOTHING)
         subject, streamable = self.subject(), self.model is None
         if self.options.model_free and requires > Needs.NOTHING:
-            raise PlanError("model_free quantizes from weights alone: use iters=0, or leave model_free out")
+            raise PlanError(
+                "model_free quantizes from weights alone: use iters=0 and a scheme whose inputs need no calibration, "
+                "or leave model_free out"
+            )
         data = None
         if needs > Needs.NOTHING and not self.options.model_free:
             data = self._data(required=requires > Needs.NOTHING)
@@ -298,11 +306,19 @@ class AutoRound:
 
     def _data(self, *, required: bool) -> Calibration | None:
         """The calibration data. A recipe that can do without falls back to weights alone when there is none."""
-        if self.numbers.nsamples == 0:
-            if required:
-                raise DataError("nsamples=0: tuning needs calibration data; give nsamples, or iters=0")
-            return None
-        request = Request(nsamples=self.numbers.nsamples, seqlen=self._seqlen(), seed=self.options.seed)
+        nsamples = self.numbers.nsamples
+        if nsamples == 0:
+            if required and self.options.nsamples == 0:
+                raise DataError(
+                    "nsamples=0: tuning and calibrated input ranges need data; give nsamples, or use iters=0 and a "
+                    "scheme with dynamic inputs"
+                )
+            if not required:
+                return None
+            nsamples = recipe_named(
+                "default"
+            ).nsamples  # the recipe has none, but the scheme's inputs need a range
+        request = Request(nsamples=nsamples, seqlen=self._seqlen(), seed=self.options.seed)
         dataset = DEFAULT_DATASET if self.options.dataset is None else self.options.dataset
         try:
             data = load_calibration(dataset, self.tokenizer, request)
@@ -401,9 +417,7 @@ def _check_codecs(scheme: Scheme) -> None:
     if scheme.weight is not None:
         codec_of(scheme.weight)
     if scheme.act is not None:
-        raise NotYetError(
-            f"act_bits={scheme.act.bits}: quantized activations are not there yet; leave act_bits at 16"
-        )
+        codec_of(scheme.act)
 
 
 def _mixed(plan: Plan) -> Iterator[str]:

@@ -187,7 +187,6 @@ LATER = [
     ["--extra_data_dir", "./images"],
     ["--algorithm", "awq"],
     ["--algorithm", "awq,auto_round"],
-    ["--act_bits", "8"],
     ["--super_bits", "6"],
     ["--super_group_size", "8"],
     ["--nblocks", "2"],

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.backends.base import AWQ, FLOATS, GPTQ, GPTQ_PLAIN, Backend, Kernel, Limits, Site
+from auto_round.codecs.base import fake_inputs
+from auto_round.core.quantized import inputs_among
 
 
 class QuantLinear(Kernel):
@@ -33,6 +35,9 @@ class QuantLinear(Kernel):
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O), in the dtype of x."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.site.act is not None:
+            ranges = inputs_among({name: self.get_buffer(name) for name in self.packed})
+            x = fake_inputs(x, self.site.act, ranges)
         return nn.functional.linear(x, self.weight_in(x.dtype), bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:

@@ -1,7 +1,8 @@
 """The `auto_round` checkpoint (quant_method "auto-round"), with the packings of GPTQ and AWQ inside.
 
 `auto_round` chooses: symmetric integers take the GPTQ packing, uniform 4-bit asymmetric ones the AWQ packing, any
-other asymmetric ones the GPTQ packing with unshifted zero points.
+other asymmetric ones the GPTQ packing with unshifted zero points. Other data types and quantized inputs go to
+`auto_round:floats`, in a file of its own.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from auto_round.core.groups import group_size
 from auto_round.core.layouts import AWQ_BITS, read_awq, read_gptq, write_awq, write_gptq
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
-from auto_round.core.scheme import FLOAT, Scheme, TensorSpec
+from auto_round.core.scheme import Scheme, TensorSpec
 from auto_round.formats.base import (
     Format,
     Provenance,
     asymmetric_eight_bits,
-    departures,
+    auto_round_config,
+    base_of,
     format_named,
     indivisible,
     reject_integer,
@@ -29,6 +31,7 @@ from auto_round.formats.base import (
 
 GPTQ_BITS = (2, 3, 4, 8)
 PLAIN, GPTQ, AWQ = "auto_round:gptqmodel", "auto_round:auto_gptq", "auto_round:auto_awq"
+FLOATS = "auto_round:floats"
 
 
 @dataclass(frozen=True)
@@ -72,23 +75,7 @@ class Packing(Format):
 
     def config(self, plan: Plan, provenance: Provenance) -> dict[str, object]:
         """Global settings, and `extra_config` for every layer that departs from them."""
-        base = _base(plan)
-        extra = departures(plan, base, provenance.blocks)
-        inside = tuple(f"{block}." for block in provenance.blocks)
-        for name in provenance.float_layers:
-            if name.startswith(inside):
-                extra[name] = {key: FLOAT.to_flat()[key] for key in ("bits", "data_type")}
-        config = {
-            **base.to_flat(),
-            "quant_method": "auto-round",
-            "packing_format": self.packing_format,
-            "autoround_version": provenance.version,
-            "block_name_to_quantize": ",".join(provenance.blocks),
-            **provenance.tuning,
-        }
-        if extra:
-            config["extra_config"] = extra
-        return dict(sorted(config.items()))
+        return auto_round_config(plan, provenance, base_of(plan), packing_format=self.packing_format)
 
 
 class Chooser(Format):
@@ -98,6 +85,8 @@ class Chooser(Format):
 
     def resolve(self, plan: Plan) -> Format:
         """The packing for `plan`."""
+        if any(_needs_floats(scheme) for scheme in plan.values()):
+            return format_named(FLOATS)
         specs = {spec for name in plan.quantized() if (spec := plan[name].weight) is not None}
         if all(spec.sym for spec in specs):
             return format_named(GPTQ)
@@ -108,34 +97,39 @@ class Chooser(Format):
 
     def reject(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """What no packing can hold."""
-        return format_named(PLAIN).reject(scheme, shape)
+        return format_named(FLOATS if _needs_floats(scheme) else PLAIN).reject(scheme, shape)
 
-    def keep_float(self, shape: tuple[int, int]) -> str | None:
-        """Rows and columns must be multiples of 32."""
-        return indivisible(shape)
+    def check(self, plan: Plan) -> Plan:
+        """By the packing chosen for `plan`."""
+        return self.resolve(plan).check(plan)
 
     def write(self, q: Quantized) -> dict[str, Tensor]:
         """The packing that one layer alone would take."""
-        return format_named(GPTQ if q.spec.sym else PLAIN).write(q)
+        return format_named(_alone(q.spec)).write(q)
 
     def read(self, tensors: Mapping[str, Tensor], spec: TensorSpec, shape: tuple[int, int]) -> Quantized:
         """The inverse of `write`."""
-        return format_named(GPTQ if spec.sym else PLAIN).read(tensors, spec, shape)
+        return format_named(_alone(spec)).read(tensors, spec, shape)
 
     def config(self, plan: Plan, provenance: Provenance) -> dict[str, object] | None:
         """That of the packing chosen for `plan`."""
         return self.resolve(plan).config(plan, provenance)
 
 
+def _needs_floats(scheme: Scheme) -> bool:
+    """Whether a layer is more than integers: another data type, or quantized inputs."""
+    return scheme.act is not None or (scheme.weight is not None and scheme.weight.dtype != "int")
+
+
+def _alone(spec: TensorSpec) -> str:
+    if spec.dtype != "int":
+        return FLOATS
+    return GPTQ if spec.sym else PLAIN
+
+
 def _divides(scheme: Scheme, shape: tuple[int, int]) -> bool:
     """Whether the last group of a row of `shape` (O, I) is a whole one."""
     return scheme.weight is None or shape[1] % group_size(shape, scheme.weight.group) == 0
-
-
-def _base(plan: Plan) -> Scheme:
-    """The scheme to state globally: the user's, or that of the first quantized layer when nothing has the user's."""
-    used = [plan[name] for name in plan.quantized()]
-    return plan.base if plan.base in used or not used else used[0]
 
 
 ENTRIES = (

@@ -17,7 +17,7 @@ from auto_round.core.groups import group_size
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.core.registry import discover
-from auto_round.core.scheme import Scheme, TensorSpec
+from auto_round.core.scheme import FLOAT, FLOAT_BITS, Scheme, TensorSpec
 
 SHAPE_UNIT = 32  # kernels and readers of integer checkpoints expect both sides to be multiples of this
 
@@ -159,8 +159,40 @@ def departures(plan: Plan, base: Scheme, blocks: Iterable[str]) -> dict[str, dic
         if not name.startswith(inside):
             extra[name] = scheme.to_flat()
         elif scheme != base:
-            extra[name] = {k: v for k, v in scheme.to_flat().items() if v != default.get(k)}
+            flat = scheme.to_flat()
+            if base.act is not None and scheme.weight is not None and scheme.act is None:
+                flat["act_bits"] = FLOAT_BITS  # else a reader would take the inputs from `base`
+            extra[name] = {k: v for k, v in flat.items() if v != default.get(k)}
     return extra
+
+
+def base_of(plan: Plan) -> Scheme:
+    """The scheme to state globally: the user's, or that of the first quantized layer when nothing has the user's."""
+    used = [plan[name] for name in plan.quantized()]
+    return plan.base if plan.base in used or not used else used[0]
+
+
+def auto_round_config(
+    plan: Plan, provenance: Provenance, base: Scheme, *, packing_format: str, **more: object
+) -> dict[str, object]:
+    """The configuration of an `auto_round` checkpoint: global settings, `more`, and what departs from them."""
+    config = {
+        **base.to_flat(),
+        **more,
+        "quant_method": "auto-round",
+        "packing_format": packing_format,
+        "autoround_version": provenance.version,
+        "block_name_to_quantize": ",".join(provenance.blocks),
+        **provenance.tuning,
+    }
+    extra = departures(plan, base, provenance.blocks)
+    inside = tuple(f"{block}." for block in provenance.blocks)
+    for name in provenance.float_layers:
+        if name.startswith(inside):
+            extra[name] = FLOAT.to_flat()
+    if extra:
+        config["extra_config"] = extra
+    return dict(sorted(config.items()))
 
 
 def asymmetric_eight_bits(plan: Plan) -> Iterator[str]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from auto_round.backends.base import Choice, Kernel, Site, backends, choose
 from auto_round.core.errors import FormatError, SchemeError
-from auto_round.core.scheme import Scheme
+from auto_round.core.scheme import ACT_NAMES, FLOAT_BITS, WEIGHT_NAMES, Scheme
 from auto_round.core.settings import settings
 from auto_round.formats.base import Format, format_named
 from auto_round.models import quirks
@@ -28,6 +28,7 @@ from auto_round.models.memory import available_memory
 
 logger = logging.getLogger("auto_round")
 
+FLOATS = "auto_round:floats"
 PACKINGS = {
     "auto_round:gptq": "auto_round:auto_gptq",
     "auto_round:awq": "auto_round:auto_awq",
@@ -64,11 +65,11 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
     setting that cannot be loaded.
     """
     config = _as_dict(model.config.quantization_config)  # type: ignore[union-attr]
-    fmt = _format_of(config)
+    schemes = _schemes(model, config)
+    fmt = _format_of(config, schemes.values())
     wanted = str(config.get("backend", "auto"))
     choices: dict[str, Choice] = {}
     counts: Counter[str] = Counter()
-    schemes = _schemes(model, config)
     _separate_experts(model, schemes)
     for name, scheme in schemes.items():
         spec = scheme.weight
@@ -87,6 +88,7 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
             device=target_device,
             dtype=old.weight.dtype,  # type: ignore[arg-type]
             bias=None if bias is None else bias.dtype,
+            act=scheme.act,
         )
         choice = choose(site, wanted)
         parent, _, last = name.rpartition(".")
@@ -147,15 +149,13 @@ def _check_complete(ours: Iterable[Kernel]) -> None:
 
 def _as_dict(config: Any) -> dict[str, Any]:
     """Settings of a quantization config, an object of transformers or a dict."""
-    found = dict(config) if isinstance(config, Mapping) else dict(vars(config))
-    if int(found.get("act_bits") or 16) < 16:
-        raise FormatError(
-            f"act_bits {found['act_bits']}: checkpoints with quantized activations cannot be loaded yet"
-        )
-    return found
+    return dict(config) if isinstance(config, Mapping) else dict(vars(config))
 
 
-def _format_of(config: Mapping[str, Any]) -> Format:
+def _format_of(config: Mapping[str, Any], schemes: Iterable[Scheme]) -> Format:
+    used = [scheme for scheme in schemes if scheme.weight is not None]
+    if any(scheme.act is not None or (scheme.weight and scheme.weight.dtype != "int") for scheme in used):
+        return format_named(FLOATS)
     packing = str(config.get("packing_format", "auto_round:auto_gptq"))
     if config.get("checkpoint_format") == "gptq_v2":
         packing = "auto_round:gptqmodel"
@@ -166,9 +166,11 @@ def _format_of(config: Mapping[str, Any]) -> Format:
 
 def _schemes(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Scheme]:
     """Layer -> scheme, from what a configuration says globally, by name and by expression."""
-    flat = {
-        key: config[key] for key in ("bits", "group_size", "sym", "data_type") if config.get(key) is not None
-    }
+    flat = _scheme_part({"act_bits": FLOAT_BITS, **config})
+    if flat.pop("weight_group_size", None) is not None:
+        flat["group_size"] = config[
+            "weight_group_size"
+        ]  # a size that transformers refuses under the usual name
     if "zero_point" in config:  # how AWQ says it
         flat["sym"] = not config["zero_point"]
     base = Scheme.from_flat(flat)
@@ -185,7 +187,7 @@ def _schemes(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Scheme]:
         if _left_alone(name, inside, config):
             continue
         try:
-            scheme = Scheme.from_flat(_weight_part(settings_of_layer or {}), base)
+            scheme = Scheme.from_flat(_scheme_part(settings_of_layer or {}), base)
             found[name] = _dynamic(name, scheme, config.get("dynamic") or {})
         except SchemeError as error:
             raise FormatError(f"{name}: {error}") from error
@@ -215,12 +217,14 @@ def _extra_config(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[st
     return extra, patterns
 
 
-def _weight_part(settings_of_layer: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: settings_of_layer[key]
-        for key in ("bits", "group_size", "sym", "data_type")
-        if key in settings_of_layer
-    }
+def _scheme_part(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `given` says about a scheme; upstream's files say of float layers how their inputs would have been."""
+    known = (*WEIGHT_NAMES, *ACT_NAMES, "weight_group_size")
+    found = {key: given[key] for key in known if given.get(key) is not None}
+    if FLOAT_BITS in (found.get("act_bits"), found.get("bits")):
+        kept = ("act_bits",) if found.get("bits") != FLOAT_BITS else ()
+        found = {key: value for key, value in found.items() if key in kept or key not in ACT_NAMES}
+    return found
 
 
 def _layer_settings(
@@ -259,5 +263,5 @@ def _dynamic(name: str, scheme: Scheme, rules: Mapping[str, Any]) -> Scheme:
     for rule, override in rules.items():
         sign, _, pattern = rule.partition(":") if rule[:2] in ("+:", "-:") else ("+", ":", rule)
         if re.match(pattern, name):
-            return Scheme(weight=None) if sign == "-" else Scheme.from_flat(_weight_part(override), scheme)
+            return Scheme(weight=None) if sign == "-" else Scheme.from_flat(_scheme_part(override), scheme)
     return scheme

@@ -26,7 +26,7 @@ from torch import Tensor
 from auto_round.codecs.base import codec_of
 from auto_round.core.errors import OutputError, PlanError
 from auto_round.core.plan import Plan
-from auto_round.core.quantized import Quantized
+from auto_round.core.quantized import INPUT, Quantized, inputs_among
 from auto_round.jobs import folders
 from auto_round.jobs.manifest import differences
 from auto_round.jobs.quantize import BlockResult, Observer, Writer
@@ -47,7 +47,7 @@ class Journal(AbstractContextManager["Journal"]):
     """
 
     def __init__(self, output: Path, plan: Plan) -> None:
-        self.folder, self._plan = output / JOURNAL, plan
+        self.folder, self.plan = output / JOURNAL, plan
         self.done: dict[str, Path] = {}
         self._made, self._begun = folders.missing(self.folder), False
         self._file: BinaryIO | None = None
@@ -150,13 +150,12 @@ class Journal(AbstractContextManager["Journal"]):
         layers = {}
         with (self.done[block] / TENSORS).open("rb") as file:
             for name, parts in about["tensors"].items():
-                spec = self._plan[name].weight
+                spec = self.plan[name].weight
                 assert spec is not None, f"{name} was quantized"
                 tensors = {part["key"]: _take(file, part) for part in parts}
-                codes = tensors.pop("codes")
-                layers[name] = Quantized(
-                    spec=spec, shape=self._plan.shapes[name], codes=codes, params=tensors
-                )
+                codes, inputs = tensors.pop("codes"), inputs_among(tensors)
+                params = {key: value for key, value in tensors.items() if not key.startswith(INPUT)}
+                layers[name] = Quantized(spec, self.plan.shapes[name], codes, params, inputs)
         report = BlockReport(**about["report"])
         return layers, BlockResult(about["name"], about["layers"], report, about["seconds"])
 
@@ -204,6 +203,8 @@ class Resumed(Source):
             for writer in self.writers:
                 writer.add(name, q)
             replaced[name] = codec_of(q.spec).dequantize(q)
+        acts = {name: (self.journal.plan[name].act, q.inputs) for name, q in layers.items()}
+        block.quantize_inputs({name: (act, fixed) for name, (act, fixed) in acts.items() if act is not None})
         self.source.done(block, replaced)
         for observer in self.observers:
             observer.finished(result)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from auto_round.core.errors import AutoRoundError
 from auto_round.core.quantized import Knobs
+from auto_round.core.scheme import TensorSpec
 
 
 class Needs(IntEnum):
@@ -37,6 +38,17 @@ class Block(ABC):
     def importance(self, layer: str) -> Tensor | None:
         """Second moment of each input channel of `layer`, (I,) float32, or None when nothing was gathered."""
         return None
+
+    def input_limits(self, layer: str) -> tuple[Tensor, Tensor] | None:
+        """Smallest and largest input of `layer`, 0-dim float32; None when nothing was gathered, or it saw no token."""
+        return None
+
+    def quantize_inputs(self, acts: Mapping[str, tuple[TensorSpec, Knobs]]) -> None:
+        """From now on the inputs of these layers are quantized whenever the block runs with given weights.
+
+        acts: layer -> (spec, what was calibrated of its range), which `inputs` then tells.
+        """
+        self.inputs = {name: fixed for name, (_, fixed) in acts.items()}
 
     def target(self, rows: Sequence[int]) -> Tensor:
         """Output of the original block for the samples `rows`: (B, T, H) float32."""

@@ -14,10 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from auto_round.codecs.base import fake_inputs
 from auto_round.core.errors import ModelError
+from auto_round.core.quantized import Knobs
+from auto_round.core.scheme import TensorSpec
 from auto_round.models.anatomy import Anatomy, Layer, parameters_for
 from auto_round.models.capture import Call, Calls, Pass, Recorder, input_after_blocks, varies
 from auto_round.models.shards import raw_bytes
+from auto_round.sources.activations import InputGrid, Limits, quantized_inputs
 from auto_round.sources.base import Block, Needs, Source
 from auto_round.sources.dataset import Calibration
 
@@ -62,6 +66,8 @@ class LiveBlock(Block):
             n: layer.matrix(self._parameter(layer.parameter).detach()) for n, layer in layers.items()
         }
         self._importance: dict[str, Tensor] = {}
+        self._limits: dict[str, Limits] = {}
+        self._grids: dict[str, InputGrid] = {}
 
     def attach(self, chain: Chain, calls: Calls, valid: Tensor | None) -> None:
         """Give the block its inputs, after which it can be run."""
@@ -85,12 +91,14 @@ class LiveBlock(Block):
         whole = columns <= GRAM_MOST
         total = torch.zeros((columns, columns) if whole else (columns,), device=self._execution.device)
         self._importance[layer] = total
+        limits = self._limits[layer] = Limits()
 
         def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach().float()
             valid = self.valid(self._rows)
             # Padding must not count; a layer whose input has lost the (B, T) shape gets all of it.
             x = x[valid] if valid is not None and x.shape[:2] == valid.shape else x.flatten(0, -2)
+            limits.add(x)
             with torch.autocast(x.device.type, enabled=False):
                 total.addmm_(x.t(), x) if whole else total.add_(x.square().sum(0))
 
@@ -99,6 +107,18 @@ class LiveBlock(Block):
     def importance(self, layer: str) -> Tensor | None:
         """Sum of squares of each input channel over all samples."""
         return self._importance.get(layer)
+
+    def input_limits(self, layer: str) -> tuple[Tensor, Tensor] | None:
+        """Of the original block."""
+        limits = self._limits.get(layer, Limits())
+        return None if limits.low is None or limits.high is None else (limits.low, limits.high)
+
+    def quantize_inputs(self, acts: Mapping[str, tuple[TensorSpec, Knobs]]) -> None:
+        """By hooks on the layers' modules while the block runs."""
+        super().quantize_inputs(acts)
+        self._grids = {
+            name: InputGrid(*act) for name, act in acts.items() if self._layers[name].piece is None
+        }
 
     def batches(self) -> Iterator[list[int]]:
         """All samples, in order, in groups of the batch size."""
@@ -130,7 +150,12 @@ class LiveBlock(Block):
                 else self.module(*args, **kwargs)
             )
 
-        with torch.set_grad_enabled(bool(parameters) and torch.is_grad_enabled()), self._execution.autocast():
+        modules = {name: self.module.get_submodule(self._inside(name)) for name in self._grids}
+        with (
+            torch.set_grad_enabled(bool(parameters) and torch.is_grad_enabled()),
+            self._execution.autocast(),
+            quantized_inputs(modules, self._grids if parameters else {}),
+        ):
             return call.run(module, hidden[list(rows)].to(device)).float()
 
     @torch.no_grad()
@@ -172,6 +197,7 @@ class OutsideBlock(Block):
     ) -> None:
         self.name, self._layer, self._module, self._execution = layer.name, layer, module, execution
         self._inputs, self._valid = inputs, valid
+        self._grid: InputGrid | None = None
         weight = module.get_parameter("weight").detach().to(execution.device)
         self.weights = {layer.name: weight.t() if layer.transposed else weight}
         self.samples = 0 if inputs is None else inputs.plain.shape[0]
@@ -189,11 +215,27 @@ class OutsideBlock(Block):
 
     def target(self, rows: Sequence[int]) -> Tensor:
         """Output of the original layer."""
-        return self._apply(self._chain.plain, rows, self.weights[self.name])
+        return self._apply(self._chain.plain[list(rows)], self.weights[self.name])
 
     def run(self, rows: Sequence[int], weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """From the quantized chain's hidden states."""
-        return self._apply(self._chain.quantized, rows, (weights or self.weights)[self.name])
+        x = self._chain.quantized[list(rows)].to(self._execution.device)
+        if weights and self._grid is not None:
+            x = fake_inputs(x, self._grid.spec, self._grid.fixed)
+        return self._apply(x, (weights or self.weights)[self.name])
+
+    def input_limits(self, layer: str) -> tuple[Tensor, Tensor] | None:
+        """Of the float chain."""
+        if self._inputs is None:
+            return None
+        x = self._inputs.plain if self._valid is None else self._inputs.plain[self._valid]
+        low, high = torch.aminmax(x)
+        return low, high
+
+    def quantize_inputs(self, acts: Mapping[str, tuple[TensorSpec, Knobs]]) -> None:
+        """While the layer runs."""
+        super().quantize_inputs(acts)
+        self._grid = next((InputGrid(*act) for act in acts.values()), None)
 
     @property
     def _chain(self) -> Chain:
@@ -201,8 +243,8 @@ class OutsideBlock(Block):
             raise ModelError(f"{self.name}: no inputs were captured, so it cannot be run")
         return self._inputs
 
-    def _apply(self, hidden: Tensor, rows: Sequence[int], weight: Tensor) -> Tensor:
-        x = hidden[list(rows)].to(self._execution.device)
+    def _apply(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        x = hidden.to(self._execution.device)
         with self._execution.autocast():
             return nn.functional.linear(x, weight.float()).float()
 

@@ -20,18 +20,19 @@ from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import FLAT_NAMES, QuantizationScheme, Scheme
 from auto_round.core.selection import Selection, make_plan, parse_ignore, parse_layer_config
-from auto_round.formats.base import Format, Provenance, parse_formats
+from auto_round.formats.base import Format, Provenance, parse_formats, sharing_a_plan
 from auto_round.jobs.export import CheckpointWriter
+from auto_round.jobs.gguf_export import GgufWriter
 from auto_round.jobs.journal import Journal, Resumed
 from auto_round.jobs.manifest import manifest
-from auto_round.jobs.quantize import Observer, Writer, quantize
+from auto_round.jobs.quantize import Observer, Pass, quantize
 from auto_round.models import load
 from auto_round.models.anatomy import experts_of
 from auto_round.models.device import execution_dtype, pick_device
 from auto_round.models.shards import parse_size
 from auto_round.models.stored import streamed_subject
 from auto_round.models.subject import Subject, check_sources, open_subject
-from auto_round.options import Options
+from auto_round.options import DEFAULT_SCHEME, Options
 from auto_round.recipes import Recipe, algorithm_named, recipe_named
 from auto_round.sources.base import Needs, Source
 from auto_round.sources.blocks import Execution, LiveSource
@@ -70,6 +71,7 @@ class AutoRound:
         self.observers: list[Observer] = []
         self._tokenizer = tokenizer
         self._kept: Kept | None = None
+        self._whole = False  # whether some format quantizes embedding and head too
         self.plan: Plan | None = None
         self.base = base_scheme(self.options)
         if isinstance(model, nn.Module):
@@ -85,7 +87,7 @@ class AutoRound:
         kept = Kept()
         model = self._live_model()
         plan = self._plan_in_memory()
-        self._run(plan, [kept])
+        self._run(Pass(plan, self.steps(plan), [kept]))
         self._kept = kept
         return model, plan.flat()
 
@@ -100,13 +102,13 @@ class AutoRound:
             raise PlanError(
                 "save_quantized: nothing is quantized yet; call quantize() first, or quantize_and_save()"
             )
-        formats = parse_formats(format or self.options.format or "auto_round")
+        formats = self._formats(format)
         for fmt in formats:
             held = fmt.resolve(self.plan).check(self.plan)
             for name in self.plan.quantized():
                 if held[name].weight is None:
                     raise FormatError(f"{name}: {held.why[name]}, so {fmt.name} cannot hold it")
-        with self._writers(Path(output_dir), formats, self.plan) as writers:
+        with self._writers(Path(output_dir), formats, self.plan, several=len(formats) > 1) as writers:
             for name, q in self._kept.layers.items():
                 for writer in writers:
                     writer.add(name, q)
@@ -122,21 +124,52 @@ class AutoRound:
         The model is None when the checkpoint was streamed and no model was ever built; a live model gets the weights
         that the codes stand for, whatever `inplace` says.
         """
-        formats = parse_formats(format or self.options.format or "auto_round")
-        plan = self.make_plan(formats)
-        with (
-            Journal(Path(output_dir), plan) as journal,
-            self._writers(Path(output_dir), formats, plan) as writers,
-        ):
-            self._run(plan, writers, journal)
-        folders = [str(writer.folder) for writer in writers]
+        formats = self._formats(format)
+        groups = sharing_a_plan(formats)
+        if self.options.resume and len(groups) > 1:
+            raise PlanError("resume: a run with several GGUF types keeps no journal; make them one by one")
+        folders: list[str] = []
+        with ExitStack() as stack:
+            plans = [self.make_plan(group) for group in groups]
+            self.plan = plans[0]
+            journal = None
+            if len(plans) == 1:
+                journal = stack.enter_context(Journal(Path(output_dir), self.plan))
+            passes = []
+            for group, plan in zip(groups, plans):
+                opened = self._writers(Path(output_dir), group, plan, several=len(formats) > 1)
+                writers = stack.enter_context(opened)
+                passes.append(Pass(plan, self.steps(plan), writers))
+                folders += [str(writer.folder) for writer in writers]
+            self._run(*passes, journal=journal)
         return self.model, folders if len(folders) > 1 else folders[0]
+
+    def _formats(self, given: str | None) -> list[Format]:
+        """The formats given here or in the options, or what the scheme stands for: a GGUF scheme is a format too."""
+        scheme = self.options.scheme
+        meant = scheme.lower() if isinstance(scheme, str) and scheme.upper().startswith("GGUF:") else None
+        formats = parse_formats(given or self.options.format or meant or "auto_round")
+        whole = [fmt for fmt in formats if fmt.whole_model]
+        for fmt in formats:
+            if meant is not None and fmt.name != meant and (fmt.whole_model or fmt.holds_codes):
+                raise PlanError(
+                    f"scheme {scheme} is written by format {meant}, got format {fmt.name}. Leave one of them out"
+                )
+            if fmt.whole_model and meant is None and self.base != preset(DEFAULT_SCHEME):
+                raise PlanError(
+                    f"format {fmt.name} has a scheme of its own, got scheme {self.base}. "
+                    "Leave scheme, bits, group_size and sym out; single layers can be changed with layer_config"
+                )
+        self._whole = bool(whole)
+        return formats
 
     def make_plan(self, formats: Sequence[Format]) -> Plan:
         """The plan for this model, options and formats; nothing is read but headers and configuration."""
         subject = self.subject()
+        whole = any(fmt.whole_model for fmt in formats)
+        base = formats[0].scheme or self.base
         selection = Selection(
-            base=self.base,
+            base=base,
             layer_config=parse_layer_config(self.options.layer_config),
             ignore_layers=parse_ignore(self.options.ignore_layers),
         )
@@ -146,18 +179,23 @@ class AutoRound:
             if body.head is None:
                 raise PlanError("quant_lm_head: this model has no output head")
             default.append(body.head)
+        if whole:
+            outside = [body.embedding, None if body.tied else body.head]
+            default += [name for name in outside if name is not None and name not in default]
         plan = make_plan(body.shapes(), selection, preset, default=default, fused=body.fused())
+        for fmt in formats:
+            plan = fmt.adapt(plan, subject.files.config)
         for name in plan.quantized():
             _check_spec(name, plan[name])
         for fmt in formats:
             plan = fmt.resolve(plan).check(plan)
-        if not plan.quantized() and self.base.weight is not None:
+        if not plan.quantized() and base.weight is not None:
             raise PlanError(
                 f"no layer is left to quantize: {'; '.join(sorted(set(plan.why.values()))) or 'no layer found'}"
             )
         if body.tied and body.head in plan.quantized():
             plan = plan.noted(f"{body.head} is tied to the embedding: untied, since it is to be quantized")
-        plan = plan.noted(*body.notes, *_mixed(plan))
+        plan = plan.noted(*body.notes, *(() if whole else _mixed(plan)))
         for note in plan.notes:
             logger.warning(note)
         check_sources(subject, plan)
@@ -166,8 +204,9 @@ class AutoRound:
 
     def _plan_in_memory(self) -> Plan:
         """A plan that the format given, or else `auto_round` if it can, is able to save later."""
-        if self.options.format is not None:
-            return self.make_plan(parse_formats(self.options.format))
+        formats = self._formats(None)
+        if self.options.format is not None or self._whole:
+            return self.make_plan(formats)
         try:
             return self.make_plan(parse_formats("auto_round"))
         except FormatError as error:
@@ -176,7 +215,8 @@ class AutoRound:
 
     def subject(self) -> Subject:
         """The model as files and layers."""
-        if self._subject is None and self.folder is not None and self._streams():
+        streams = self.folder is not None and not self._whole and self._streams()
+        if self._subject is None and self.folder is not None and streams:
             self._subject = streamed_subject(
                 self.folder,
                 blocks=self.options.to_quant_block_names,
@@ -192,6 +232,7 @@ class AutoRound:
                 blocks=self.options.to_quant_block_names,
                 named=parse_layer_config(self.options.layer_config),
                 head=self.options.quant_lm_head,
+                embedding=self._whole,
             )
         return self._subject
 
@@ -265,19 +306,18 @@ class AutoRound:
             )
         return self._tokenizer
 
-    def _run(self, plan: Plan, writers: Sequence[Writer], journal: Journal | None = None) -> None:
-        steps, observers = self.steps(plan), self.observers
-        source = self._source(steps)
+    def _run(self, first: Pass, *others: Pass, journal: Journal | None = None) -> None:
+        source, writers, observers = self._source(first.steps), first.writers, self.observers
         for observer in observers:
-            observer.started(plan, sum(len(blocks) for blocks in self.subject().anatomy.block_lists))
+            observer.started(first.plan, sum(len(blocks) for blocks in self.subject().anatomy.block_lists))
         if journal is not None:
-            about = manifest(self.subject(), plan, steps, source.describe())
+            about = manifest(self.subject(), first.plan, first.steps, source.describe())
             journal.begin(about, resume=self.options.resume)
             source = Resumed(source, journal, writers, observers)
             writers, observers = [journal, *writers], [journal, *observers]
         deterministic = self.options.enable_deterministic_algorithms
         with _deterministic() if deterministic else ExitStack():
-            quantize(source, plan, steps, writers, observers)
+            quantize(source, first.plan, first.steps, writers, observers, others)
 
     def _source(self, steps: Sequence[Step]) -> Source:
         """Shards when weights are all that is needed, else the live model."""
@@ -301,6 +341,7 @@ class AutoRound:
             batch_size=self.numbers.batch_size,
             quantized_inputs=self.options.enable_quanted_input and requires is Needs.FORWARD,
             amp=execution_dtype(device) if self.options.amp else None,
+            tune_outside=not self._whole,
         )
         return LiveSource(self._live_model(), subject.anatomy, execution, data)
 
@@ -348,19 +389,24 @@ class AutoRound:
 
     @contextmanager
     def _writers(
-        self, output_dir: Path, formats: Sequence[Format], plan: Plan
-    ) -> Iterator[list[CheckpointWriter]]:
+        self, output_dir: Path, formats: Sequence[Format], plan: Plan, *, several: bool
+    ) -> Iterator[list[CheckpointWriter | GgufWriter]]:
         """One writer per format: into `output_dir` itself, or into a sub-folder each when there are several."""
-        several = len(formats) > 1
         subject, limit = self.subject(), parse_size(self.options.max_shard_size)
         with ExitStack() as stack:
-            writers = []
+            writers: list[CheckpointWriter | GgufWriter] = []
             for fmt in formats:
                 folder = output_dir / fmt.name.replace(":", "-").replace("_", "-") if several else output_dir
-                writer = CheckpointWriter(
-                    folder, fmt.resolve(plan), subject, plan, self._provenance(plan), max_shard_bytes=limit
-                )
-                writers.append(stack.enter_context(writer))
+                provenance = self._provenance(plan)
+                writer: CheckpointWriter | GgufWriter
+                if fmt.whole_model:
+                    split = parse_size(self.options.split_size) if self.options.split_size else 0
+                    writer = GgufWriter(folder, fmt, subject, plan, provenance, max_shard_bytes=split)
+                else:
+                    made = fmt.resolve(plan)
+                    writer = CheckpointWriter(folder, made, subject, plan, provenance, max_shard_bytes=limit)
+                stack.enter_context(writer)
+                writers.append(writer)
             yield writers
 
     def _provenance(self, plan: Plan) -> Provenance:

@@ -12,12 +12,14 @@ from typing import Any
 from auto_round.core.errors import NotYetError, PlanError, nearest
 from auto_round.recipes import Recipe, recipe_named
 
+DEFAULT_SCHEME = "W4A16"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """What the user asked for."""
 
-    scheme: Any = "W4A16"
+    scheme: Any = DEFAULT_SCHEME
     bits: int | None = None
     group_size: int | None = None
     sym: bool | None = None
@@ -69,6 +71,7 @@ class Options:
     format: str | None = None
     resume: bool = False
     max_shard_size: str | int = "5GB"
+    split_size: str | int | None = None
 
     nblocks: int = 1
     enable_alg_ext: bool = False

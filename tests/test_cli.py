@@ -49,7 +49,7 @@ def parsed(monkeypatch):
 
 def changes(options):
     """The options that differ from those of a command without flags."""
-    plain = Options(recipe=options.recipe, format="auto_round")
+    plain = Options(recipe=options.recipe)
     return {
         f.name: getattr(options, f.name)
         for f in fields(Options)
@@ -196,7 +196,6 @@ LATER = [
     ["--dynamic_max_gap", "5"],
     ["--enable_torch_compile"],
     ["--scheme", "W4A16_MIXED"],
-    ["--format", "gguf:q4_k_m"],
     ["--format", "fp8"],
 ]
 

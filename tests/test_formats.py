@@ -207,7 +207,7 @@ def test_format_names_are_checked():
     with pytest.raises(FormatError, match="Did you mean 'auto_gptq'"):
         parse_formats("auto_gtpq")
     with pytest.raises(NotYetError, match="not there yet"):
-        parse_formats("gguf:q4_k_m")
+        parse_formats("fp8")
     with pytest.raises(FormatError, match="twice"):
         parse_formats("auto_awq,auto_awq")
     assert [f.name for f in parse_formats("auto_gptq, auto_awq,auto_round")] == [

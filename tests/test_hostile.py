@@ -249,7 +249,6 @@ def test_a_model_that_is_quantized_already_is_refused(model, tmp_path, method):
         ({"scheme": "W4A61"}, SchemeError, ["'W4A61'", "Did you mean 'W4A16'"]),
         ({"scheme": "W4A16_MIXED"}, NotYetError, ["W4A16_MIXED", "not there yet"]),
         ({"format": "auto_gtpq"}, FormatError, ["'auto_gtpq'", "Did you mean 'auto_gptq'", "Available"]),
-        ({"format": "gguf:q4_k_m"}, NotYetError, ["gguf:q4_k_m", "not there yet"]),
         ({"format": ","}, FormatError, ["no format", "Available"]),
         ({"format": "auto_gptq", "group_size": 0}, FormatError, ["q_proj", "group size 0", "-1"]),
         ({"format": "auto_round", "group_size": 0}, FormatError, ["q_proj", "group size 0", "-1"]),

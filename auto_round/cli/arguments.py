@@ -38,12 +38,19 @@ class Output:
         str, _flag("output-dir", help="Folder to write; several formats get a sub-folder each.")
     ] = "./tmp_autoround"
     format: Annotated[
-        str, _flag("format", "formats", help="One or several of `auto-round list format`, comma separated.")
-    ] = "auto_round"
+        Text,
+        _flag(
+            "format",
+            "formats",
+            help="One or several of `auto-round list format`, comma separated; default auto_round, or that of a GGUF "
+            "scheme.",
+        ),
+    ] = None
     max_shard_size: Annotated[str, _flag("max-shard-size", help="Largest weight file, such as 5GB.")] = "5GB"
     resume: Annotated[
         bool, _switch("resume", help="Go on with the blocks that an interrupted run finished.")
     ] = False
+    split_size: Annotated[Text, _flag("split-size", help="Cut a GGUF file into parts of this size.")] = None
 
 
 @Parameter(name="*", group=Group("Scheme", sort_key=2))
@@ -220,6 +227,7 @@ def to_options(recipe: str, output: Output, scheme: SchemeFlags, tuning: Tuning,
         "format": output.format,
         "max_shard_size": output.max_shard_size,
         "resume": output.resume,
+        "split_size": output.split_size,
         "bits": _whole("bits", scheme.bits),
         "group_size": _group("group-size", scheme.group_size),
         "sym": False if scheme.asym else None,

@@ -176,6 +176,6 @@ def preset(name: str) -> Scheme:
     key = name.strip().upper()
     if key in known:
         return known[key]
-    if key in PLANNED or key.startswith("GGUF:"):
+    if key in PLANNED:
         raise NotYetError(f"scheme {name!r} is not there yet. Available: {', '.join(known)}")
     raise SchemeError(f"scheme {name!r} is unknown.{nearest(name, known)} Available: {', '.join(known)}")

@@ -45,6 +45,10 @@ class Format(ABC):
     dtype: str | None = None  # what config.json must say, when readers accept one dtype only
     config_key: str = "quantization_config"
     holds_codes: bool = True  # whether `read` can give the codes back
+    whole_model: bool = (
+        False  # one file with embedding and head quantized too, instead of a checkpoint folder
+    )
+    scheme: Scheme | None = None  # the scheme that choosing this format means
 
     @abstractmethod
     def reject(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
@@ -78,6 +82,10 @@ class Format(ABC):
             # Readers before transformers 4.56 know the older of the two names only.
             found |= {"dtype": self.dtype, "torch_dtype": self.dtype}
         return found if described is None else {**found, self.config_key: described}
+
+    def adapt(self, plan: Plan, config: Mapping[str, Any]) -> Plan:
+        """`plan` as this format would have it, for a model of the configuration `config`. Default: as it is."""
+        return plan
 
     def remarks(self, plan: Plan) -> Iterator[str]:
         """What a user of `plan` in this format should know before the work starts."""
@@ -246,7 +254,7 @@ def format_named(name: str) -> Format:
     key = ALIASES.get(key, key)
     if key in known:
         return known[key]
-    if key in PLANNED or key.startswith("gguf"):
+    if key in PLANNED:
         raise NotYetError(f"format {name!r} is not there yet. Available: {', '.join(known)}")
     raise FormatError(f"format {name!r} is unknown.{nearest(name, known)} Available: {', '.join(known)}")
 
@@ -260,3 +268,9 @@ def parse_formats(text: str) -> list[Format]:
     if len({f.name for f in found}) < len(found):
         raise FormatError(f"format {text!r} names a format twice")
     return found
+
+
+def sharing_a_plan(formats: Iterable[Format]) -> list[list[Format]]:
+    """Groups of formats that are made from one plan: all checkpoints together, every whole-model file by itself."""
+    folders = [fmt for fmt in formats if not fmt.whole_model]
+    return [*([folders] if folders else []), *([fmt] for fmt in formats if fmt.whole_model)]

@@ -32,7 +32,7 @@ class Comparison:
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of all weight files in `folder`."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for end in ("safetensors", "gguf") for path in folder.glob(f"*.{end}"))
 
 
 def windows(texts: Sequence[str], tokenizer: Any, seqlen: int, count: int) -> Tensor:

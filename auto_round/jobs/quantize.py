@@ -50,39 +50,60 @@ class Observer(Protocol):
         """One block is done."""
 
 
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What is made of each block: the layers of a plan, with knobs from the steps, into the writers."""
+
+    plan: Plan
+    steps: Sequence[Step]
+    writers: Sequence[Writer]
+
+
 def quantize(
     source: Source,
     plan: Plan,
     steps: Sequence[Step],
     writers: Sequence[Writer],
     observers: Sequence[Observer] = (),
+    others: Sequence[Pass] = (),
 ) -> None:
     """Quantize every layer of `plan` and hand it to each writer.
 
+    others: further plans that are made from the same blocks; what comes next in the model runs on the result of `plan`.
     Raises ModelError naming a layer that is not finite.
     """
-    needs = max((step.needs for step in steps), default=Needs.NOTHING)
-    for step in steps:
-        step.prepare(source, plan)
-    for block in source.blocks(needs, plan.quantized()):
-        started, report = time.perf_counter(), BlockReport(kept="plain")
-        specs = specs_of(block, plan)
-        check_finite(block, specs)
-        block.tied = tied(block, specs, plan)
-        knobs: dict[str, Knobs] = dict(block.tied)
-        for step in steps:
-            knobs = step.block(block, plan, knobs, report)
-        replaced = {}
-        for name, spec in specs.items():
-            q = encode(name, block.weights[name], spec, knobs.get(name, NEUTRAL))
-            q = replace(q, inputs=block.inputs.get(name, NEUTRAL))
-            replaced[name] = codec_of(spec).dequantize(q)
-            for writer in writers:
-                writer.add(name, q)
+    passes = (Pass(plan, steps, writers), *others)
+    needs = max((step.needs for each in passes for step in each.steps), default=Needs.NOTHING)
+    for each in passes:
+        for step in each.steps:
+            step.prepare(source, each.plan)
+    wanted = dict.fromkeys(name for each in passes for name in each.plan.quantized())
+    for block in source.blocks(needs, wanted):
+        started = time.perf_counter()
+        made = [quantize_block(block, each) for each in passes]
+        replaced, report = made[0]
         source.done(block, replaced)
-        result = BlockResult(block.name, len(specs), report, time.perf_counter() - started)
+        result = BlockResult(block.name, len(replaced), report, time.perf_counter() - started)
         for observer in observers:
             observer.finished(result)
+
+
+def quantize_block(block: Block, job: Pass) -> tuple[dict[str, torch.Tensor], BlockReport]:
+    """(layer -> what its weight becomes, what the steps found out) for one block."""
+    report, specs = BlockReport(kept="plain"), specs_of(block, job.plan)
+    check_finite(block, specs)
+    block.tied = tied(block, specs, job.plan)
+    knobs: dict[str, Knobs] = dict(block.tied)
+    for step in job.steps:
+        knobs = step.block(block, job.plan, knobs, report)
+    replaced = {}
+    for name, spec in specs.items():
+        q = encode(name, block.weights[name], spec, knobs.get(name, NEUTRAL))
+        q = replace(q, inputs=block.inputs.get(name, NEUTRAL))
+        replaced[name] = codec_of(spec).dequantize(q)
+        for writer in job.writers:
+            writer.add(name, q)
+    return replaced, report
 
 
 def tied(block: Block, specs: dict[str, TensorSpec], plan: Plan) -> dict[str, Knobs]:

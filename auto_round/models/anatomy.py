@@ -58,6 +58,7 @@ class Anatomy:
     tied: bool
     experts: tuple[Experts, ...] = ()
     routers: tuple[str, ...] = ()
+    embedding: str | None = None
     notes: tuple[str, ...] = ()
     left: Mapping[str, str] = field(default_factory=dict)
     """Tensors that are never quantized, with the reason, as far as names tell."""
@@ -66,6 +67,13 @@ class Anatomy:
     def prefixes(self) -> tuple[str, ...]:
         """Names of the block lists ("model.layers"), as checkpoint configurations state them."""
         return tuple(blocks[0].rsplit(".", 1)[0] for blocks in self.block_lists)
+
+    def with_embedding(self, model: nn.Module) -> Anatomy:
+        """With the input embedding of `model` as a layer, outside the blocks: for files that quantize it too."""
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        name = next(name for name, module in model.named_modules() if module is embedding)
+        layer = Layer(name, (embedding.weight.shape[0], embedding.weight.shape[1]), False, None)
+        return replace(self, layers={name: layer, **self.layers}, embedding=name)
 
     def in_blocks(self) -> list[str]:
         """Names of the layers inside blocks: those quantized by default."""

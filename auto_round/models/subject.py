@@ -51,15 +51,18 @@ def open_subject(
     blocks: Any,
     named: Collection[str] = (),
     head: bool = False,
+    embedding: bool = False,
 ) -> Subject:
     """Find layers and files of a model folder, or of a live model when there is no folder.
 
     With a folder of safetensors the module tree is built without weights; `load_live` is called only when the weights
     are in another form. blocks: narrows the anatomy (`to_quant_block_names`). named, head: layers outside the blocks
-    that may be quantized too.
+    that may be quantized too. embedding: whether the input embedding counts as a layer.
     """
     files, tree = _files_and_tree(folder, model, load_live, tokenizer, trust_remote_code)
     body = anatomy(tree).narrowed(blocks)
+    if embedding:
+        body = body.with_embedding(tree)
     own = [layer for layer in body.layers.values() if layer.name != body.head or not body.tied]
     wanted = {*named, *([body.head] if head else [])}
     prefix, saved = str(tree.base_model_prefix), SavedNames(tree).renamed

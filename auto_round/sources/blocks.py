@@ -30,12 +30,16 @@ GRAM_MOST = 8192  # a Gram matrix of that many channels takes 256 MB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Execution:
-    """How blocks are run. amp: dtype of matrix products, or None for float32 throughout."""
+    """How blocks are run. amp: dtype of matrix products, or None for float32 throughout.
+
+    tune_outside: whether layers after the blocks can be run too; if not, only their inputs' statistics are known.
+    """
 
     device: torch.device
     batch_size: int = 8
     quantized_inputs: bool = True
     amp: torch.dtype | None = None
+    tune_outside: bool = True
 
     def autocast(self) -> torch.autocast:
         """The context in which blocks compute."""
@@ -194,13 +198,16 @@ class OutsideBlock(Block):
         execution: Execution,
         inputs: Chain | None,
         valid: Tensor | None = None,
+        *,
+        shared: bool = False,
     ) -> None:
+        self._shared = shared  # an embedding, whose weight may be the head's too
         self.name, self._layer, self._module, self._execution = layer.name, layer, module, execution
         self._inputs, self._valid = inputs, valid
         self._grid: InputGrid | None = None
         weight = module.get_parameter("weight").detach().to(execution.device)
         self.weights = {layer.name: weight.t() if layer.transposed else weight}
-        self.samples = 0 if inputs is None else inputs.plain.shape[0]
+        self.samples = 0 if inputs is None or not execution.tune_outside else inputs.plain.shape[0]
 
     def importance(self, layer: str) -> Tensor | None:
         """Sum of squares of each input channel over all samples."""
@@ -250,11 +257,14 @@ class OutsideBlock(Block):
 
     @torch.no_grad()
     def settle(self, replaced: Mapping[str, Tensor]) -> None:
-        """Give the module the weight `replaced`; a tie to the embedding is cut, not followed."""
+        """Give the module the weight `replaced`; a head's tie to the embedding is cut, not followed."""
         for weight in replaced.values():
             old = self._module.get_parameter("weight")
             new = (weight.t() if self._layer.transposed else weight).to(old.device, old.dtype)
-            self._module.weight = nn.Parameter(new.contiguous(), requires_grad=False)
+            if self._shared:
+                old.data = new.contiguous()
+            else:
+                self._module.weight = nn.Parameter(new.contiguous(), requires_grad=False)
 
 
 class LiveSource(Source):
@@ -287,9 +297,20 @@ class LiveSource(Source):
                 gather = name not in finished
                 yield self._block(name, module, chain, calls[index] if calls else None, gather)
         for layer in outside:
-            inputs = None if chain is None or recorder is None else self._inputs_of(layer, recorder, chain)
+            reader = self._reader(layer)
+            inputs = (
+                None if None in (chain, recorder, reader) else self._inputs_of(reader, recorder, chain)  # type: ignore[arg-type]
+            )
             valid = None if self.data is None or inputs is None else self.data.valid
-            yield OutsideBlock(layer, self.model.get_submodule(layer.name), self.execution, inputs, valid)
+            module = self.model.get_submodule(layer.name)
+            shared = layer.name == self.anatomy.embedding
+            yield OutsideBlock(layer, module, self.execution, inputs, valid, shared=shared)
+
+    def _reader(self, layer: Layer) -> Layer | None:
+        """The layer that multiplies by this weight: itself, or the head that is tied to the embedding, if any is."""
+        if layer.name != self.anatomy.embedding:
+            return layer
+        return self.anatomy.layers[self.anatomy.head] if self.anatomy.tied and self.anatomy.head else None
 
     def describe(self) -> dict[str, object]:
         """The execution, the threads (sums depend on their number) and a hash of the data."""

@@ -67,7 +67,7 @@ class SignRound(Step):
     ) -> dict[str, Knobs]:
         """The best of tuned, incoming (searched) and neutral knobs on the held-out samples."""
         specs = specs_of(block, plan)
-        if not specs:
+        if not specs or not block.samples:  # what cannot be run keeps what it came with
             return knobs
         train, held_out = _split_samples(block.samples)
         candidates: dict[str, dict[str, Knobs]] = {"plain": dict(block.tied)}

@@ -1,0 +1,230 @@
+"""GGUF files: names, orders, metadata, tokenizers, mixtures, and files that are whole or not there."""
+
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+
+from auto_round import AutoRound
+from auto_round.core.errors import AutoRoundError, FormatError, ModelError, OutputError, PlanError
+from auto_round.formats.base import formats
+from tests import models
+
+GGUFS = [fmt for fmt in formats().values() if fmt.whole_model]
+
+
+def written(folder):
+    """The only .gguf file of a folder, opened."""
+    (path,) = Path(folder).glob("*.gguf")
+    return gguf.GGUFReader(path)
+
+
+def made(source, out, **options):
+    """The file made from `source` without data."""
+    settings = {"format": "gguf:q4_0", "iters": 0, "model_free": True, **options}
+    _, folder = AutoRound(source, **settings).quantize_and_save(out)
+    return written(folder)
+
+
+def values(reader):
+    """All keys and values of a file."""
+    return {key: field.contents() for key, field in reader.fields.items()}
+
+
+def floats(reader, name):
+    """One tensor of a file as float32, in torch's order of dimensions."""
+    tensor = next(t for t in reader.tensors if t.name == name)
+    return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A Llama whose rows are multiples of 256."""
+    folder = tmp_path_factory.mktemp("llama")
+    models.tiny("llama", folder, hidden_size=256, intermediate_size=512, num_hidden_layers=2)
+    return folder
+
+
+@pytest.mark.parametrize("fmt", GGUFS, ids=lambda fmt: fmt.mixture)
+def test_every_mixture_is_written_and_its_types_are_those_of_the_plan(llama, tmp_path, fmt):
+    job = AutoRound(llama, format=fmt.name, iters=0, model_free=True)
+    job.quantize_and_save(tmp_path)
+    reader = written(tmp_path)
+    assert values(reader)["general.file_type"] == fmt.file_type
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    names = {"model.embed_tokens": "token_embd", "lm_head": "output"}
+    for layer, scheme in job.plan.items():
+        if layer in names:
+            expected = fmt.mixture.upper() if scheme.weight is None else scheme.weight.dtype.upper()
+            assert types[f"{names[layer]}.weight"] == expected
+    assert types["output_norm.weight"] == "F32"
+
+
+def test_a_mixture_m_gives_more_bits_to_favoured_blocks(tmp_path):
+    models.tiny("llama", tmp_path / "m", hidden_size=256, intermediate_size=256, num_hidden_layers=8)
+    job = AutoRound(tmp_path / "m", scheme="GGUF:Q4_K_M", iters=0, model_free=True)
+    _, folder = job.quantize_and_save(tmp_path / "out")
+    types = {tensor.name: tensor.tensor_type.name for tensor in written(folder).tensors}
+    favoured = [i for i in range(8) if types[f"blk.{i}.ffn_down.weight"] == "Q6_K"]
+    assert favoured == [0, 3, 6, 7]
+    assert types["output.weight"] == "Q6_K" and types["blk.1.ffn_down.weight"] == "Q4_K"
+    assert "favoured" in job.plan.why["model.layers.3.mlp.down_proj"]
+
+
+def test_rows_of_queries_and_keys_are_put_in_the_order_of_llama_cpp(llama, tmp_path):
+    reader = made(llama, tmp_path, format="gguf:bf16")
+    weight = models.loaded(llama).model.layers[1].self_attn.q_proj.weight
+    rows = floats(reader, "blk.1.attn_q.weight")
+    size = 256 // models.HEADS
+    for head in range(models.HEADS):
+        for i in range(size // 2):  # neighbours in the file are half a head apart in the checkpoint
+            for half in (0, 1):
+                expected = weight[head * size + half * size // 2 + i].bfloat16().float()
+                assert torch.equal(rows[head * size + 2 * i + half], expected)
+
+
+def test_what_is_in_the_file_is_what_the_codec_made(llama, tmp_path):
+    data = {"dataset": models.samples(4), "seqlen": 32}
+    job = AutoRound(
+        llama, format="gguf:q4_k_s", iters=0, disable_model_free=True, model_dtype="float32", **data
+    )
+    model, folder = job.quantize_and_save(tmp_path)
+    reader = written(folder)
+    for layer, name in {"mlp.down_proj": "ffn_down", "self_attn.v_proj": "attn_v"}.items():
+        weight = model.get_submodule(f"model.layers.0.{layer}").weight
+        assert torch.equal(floats(reader, f"blk.0.{name}.weight"), weight)
+    assert torch.equal(floats(reader, "token_embd.weight"), model.model.embed_tokens.weight)
+    assert torch.equal(floats(reader, "output.weight"), model.lm_head.weight)
+
+
+def test_tied_models_have_one_matrix_of_the_type_of_the_head(tmp_path):
+    models.tiny("qwen3-tied", tmp_path / "m", hidden_size=256, intermediate_size=256)
+    reader = made(tmp_path / "m", tmp_path / "out", format="gguf:q4_k_m")
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert types["token_embd.weight"] == "Q6_K" and "output.weight" not in types
+
+
+def test_narrow_rows_take_types_of_32_values_and_say_so(tmp_path, caplog):
+    models.tiny("llama", tmp_path / "m")
+    job = AutoRound(tmp_path / "m", format="gguf:q5_k_m", iters=0, model_free=True)
+    _, folder = job.quantize_and_save(tmp_path / "out")
+    assert job.plan["model.layers.1.self_attn.k_proj"].weight.dtype == "q5_1"
+    assert "no multiple of 256" in job.plan.why["lm_head"] and "no multiple of 256" in caplog.text
+    assert {t.tensor_type.name for t in written(folder).tensors} <= {"Q5_1", "Q8_0", "F32"}
+
+
+def test_layer_config_has_the_last_word(llama, tmp_path):
+    settings = {"lm_head": "GGUF:Q8_0", "k_proj": {"bits": 6}, "model.layers.0.mlp.up_proj": {"bits": 16}}
+    reader = made(llama, tmp_path, format="gguf:q2_k_s", layer_config=settings)
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert types["output.weight"] == "Q8_0" and types["blk.1.attn_k.weight"] == "Q6_K"
+    assert types["blk.0.ffn_up.weight"] == "F32" and types["blk.1.ffn_up.weight"] == "Q2_K"
+
+
+def test_several_types_are_made_in_one_pass(llama, tmp_path):
+    alone = made(llama, tmp_path / "alone", format="gguf:q4_1")
+    job = AutoRound(llama, format="gguf:q8_0,gguf:q4_1,auto_round", iters=0, model_free=True)
+    _, folders = job.quantize_and_save(tmp_path / "several")
+    assert [Path(f).name for f in folders] == ["auto-round", "gguf-q8-0", "gguf-q4-1"]
+    both = written(folders[2])
+    for one, other in zip(alone.tensors, both.tensors, strict=True):
+        assert one.name == other.name and (one.data == other.data).all()
+
+
+def test_a_split_file_holds_the_same_tensors(llama, tmp_path):
+    whole = {t.name: t.data for t in made(llama, tmp_path / "whole").tensors}
+    AutoRound(llama, format="gguf:q4_0", iters=0, model_free=True, split_size="300KB").quantize_and_save(
+        tmp_path / "parts"
+    )
+    paths = sorted((tmp_path / "parts").glob("*.gguf"))
+    assert len(paths) > 2 and paths[0].name.endswith(f"-00001-of-{len(paths):05}.gguf")
+    parts = {t.name: t.data for path in paths for t in gguf.GGUFReader(path).tensors}
+    assert parts.keys() == whole.keys() and all((parts[name] == whole[name]).all() for name in whole)
+
+
+def test_a_live_model_brings_its_own_tokenizer(tmp_path):
+    model = models.tiny("llama")
+    _, folder = AutoRound(model, models.tokenizer(), format="gguf:q8_0", iters=0).quantize_and_save(tmp_path)
+    found = values(written(folder))
+    assert found["tokenizer.ggml.tokens"][0] == "<s>" and found["tokenizer.ggml.pre"] == "gpt-2"
+
+
+# ------------------------------------------------------------------------------------------------ what goes wrong
+
+
+def nothing_left(folder):
+    """Whether a failed job left no trace."""
+    return not folder.exists() or not any(folder.iterdir())
+
+
+def test_a_missing_tokenizer_stops_before_work(llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"no tokenizer\.json"):
+        made(tmp_path / "m", tmp_path / "out")
+    assert nothing_left(tmp_path / "out")
+
+
+def test_more_tokens_than_rows_stop_before_work(llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "m")
+    path = tmp_path / "m" / "tokenizer.json"
+    described = json.loads(path.read_text())
+    described["added_tokens"].append({**described["added_tokens"][0], "id": 999, "content": "<late>"})
+    path.write_text(json.dumps(described))
+    with pytest.raises(ModelError, match="1000 tokens, but the model's embedding has 384 rows"):
+        made(tmp_path / "m", tmp_path / "out")
+    assert nothing_left(tmp_path / "out")
+
+
+def test_an_unknown_architecture_is_refused_with_the_list(tmp_path):
+    models.tiny("opt", tmp_path / "m")
+    with pytest.raises(ModelError, match=r"OPTForCausalLM.*LlamaForCausalLM"):
+        made(tmp_path / "m", tmp_path / "out")
+    assert nothing_left(tmp_path / "out")
+
+
+def test_rows_that_fit_no_block_stay_in_floating_point(tmp_path):
+    models.tiny("llama", tmp_path / "m", intermediate_size=100)
+    job = AutoRound(tmp_path / "m", format="gguf:q4_k_m", iters=0, model_free=True)
+    _, folder = job.quantize_and_save(tmp_path / "out")
+    types = {tensor.name: tensor.tensor_type.name for tensor in written(folder).tensors}
+    assert types["blk.0.ffn_down.weight"] == "F32"
+    assert "rows of 100 are no multiple of 32" in job.plan.why["model.layers.0.mlp.down_proj"]
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
+    with pytest.raises(OutputError, match="10 are free"):
+        made(llama, tmp_path / "out")
+    assert nothing_left(tmp_path / "out")
+
+
+def test_an_existing_file_is_replaced_only_by_a_whole_one(llama, tmp_path, monkeypatch):
+    made(llama, tmp_path)
+    (path,) = tmp_path.glob("*.gguf")
+    before = path.read_bytes()
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: (_ for _ in ()).throw(OSError("broken")))
+    with pytest.raises(OutputError, match="broken"):
+        made(llama, tmp_path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".auto_round_journal")] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"format": "gguf:q4_k"}, FormatError, "gguf:q4_k_"),
+        ({"format": "gguf:q4_0", "scheme": "GGUF:Q8_0"}, PlanError, "gguf:q8_0"),
+        ({"format": "auto_round", "scheme": "GGUF:Q8_0"}, PlanError, "written by format gguf:q8_0"),
+        ({"format": "gguf:q4_0", "bits": 3}, PlanError, "scheme of its own"),
+        ({"format": "gguf:q4_0", "layer_config": {"k_proj": {"bits": 7}}}, FormatError, "k_proj"),
+        ({"scheme": "GGUF:Q4_K_X"}, AutoRoundError, "Did you mean 'GGUF:Q4_K_"),
+    ],
+)
+def test_contradictions_are_named(llama, tmp_path, options, error, words):
+    with pytest.raises(error, match=words):
+        AutoRound(llama, **{"iters": 0, "model_free": True, **options}).quantize_and_save(tmp_path / "out")
+    assert nothing_left(tmp_path / "out")

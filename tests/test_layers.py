@@ -23,7 +23,7 @@ ORDER = [
     "cli",
 ]
 ENTRY_FOLDERS = {"codecs", "formats", "steps", "backends"}
-SHARED = {"base", "blocks", "elements"}
+SHARED = {"base", "blocks", "elements", "reading"}
 
 
 def imports(file: Path):

@@ -41,6 +41,18 @@ def build(recipe: str) -> cyclopts.App:
 
         show(what, Console())
 
+    @app.command
+    def verify(folder: str, *, tp: str = "") -> None:
+        """Report what a server would refuse or misread in the checkpoint FOLDER.
+
+        Parameters
+        ----------
+        tp: degrees of tensor parallelism to check, such as 2,4,8.
+        """
+        from auto_round.cli.verifying import report
+
+        report(folder, tp, Console())
+
     @app.default
     def run(
         model: ModelName = None,

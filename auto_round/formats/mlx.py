@@ -22,7 +22,15 @@ from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.core.rounding import STORAGE
 from auto_round.core.scheme import Scheme, TensorSpec
-from auto_round.formats.base import Format, Provenance, departures, leave_ragged, ragged, reject_integer
+from auto_round.formats.base import (
+    Format,
+    Provenance,
+    auto_round_config,
+    base_of,
+    leave_ragged,
+    ragged,
+    reject_integer,
+)
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
@@ -88,17 +96,7 @@ class MLX(Format):
         """MLX's own description, or that of an `auto-round` checkpoint."""
         if not self.own_loader:
             return quantization(plan, provenance)
-        base = plan[plan.quantized()[0]] if plan.base not in plan.values() else plan.base
-        config = {
-            **base.to_flat(),
-            "quant_method": "auto-round",
-            "packing_format": self.name,
-            "autoround_version": provenance.version,
-            "block_name_to_quantize": ",".join(provenance.blocks),
-            **provenance.tuning,
-        }
-        extra = departures(plan, base, provenance.blocks)
-        return dict(sorted({**config, **({"extra_config": extra} if extra else {})}.items()))
+        return auto_round_config(plan, provenance, base_of(plan), packing_format=self.name)
 
     def describe(self, config: Mapping[str, Any], plan: Plan, provenance: Provenance) -> dict[str, Any]:
         """config.json with `quantization`, where mlx-lm looks, and the rotary settings under the names it knows."""

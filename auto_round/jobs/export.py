@@ -23,6 +23,7 @@ from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import TensorSpec
 from auto_round.formats.base import Format, Provenance, planned_tensors
 from auto_round.jobs import folders
+from auto_round.jobs.verify import inspect
 from auto_round.models.checkpoint import Checkpoint, TensorInfo
 from auto_round.models.experts import ExpertStore
 from auto_round.models.shards import ShardWriter, raw_bytes
@@ -187,6 +188,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
                     self._write_side_files()
                     self._verify()
                     self._publish()
+                    self._inspect()
             except OSError as failure:
                 raise OutputError(f"output folder {self.folder} cannot be written: {failure}") from failure
 
@@ -256,6 +258,13 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             path.unlink()
         for path in sorted(self._staging.iterdir(), key=lambda p: (p.name == "config.json", p.name)):
             os.replace(path, self.folder / path.name)
+
+    def _inspect(self) -> None:
+        """Warn of what a server would refuse; the user may have wanted it so."""
+        layers = self.subject.anatomy.layers
+        prefix = {name: self.subject.stored_name(name) for name in layers if name in self._written}
+        for finding in inspect(self.folder, self.subject.anatomy, prefix):
+            logger.warning("%s", finding)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

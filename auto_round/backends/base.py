@@ -186,6 +186,10 @@ class Backend(ABC):
             return None
         return f"needs {', '.join(_with_found(text) for text in unmet)}: pip install {_quoted(unmet)}"
 
+    def prepare(self) -> str | None:
+        """Make ready what takes time, such as compiling, at first use. Why that failed, or None."""
+        return None
+
     @abstractmethod
     def build(self, site: Site) -> Kernel:
         """An empty module on the meta device whose buffers have the names, shapes and dtypes of the checkpoint."""
@@ -271,7 +275,7 @@ def choose(site: Site, wanted: str = "auto") -> Choice:
         if reason is not None:
             reasons[name] = reason
             continue
-        missing = backend.missing()
+        missing = backend.missing() or backend.prepare()
         if missing is None:
             return Choice(backend, lacking)
         reasons[name] = lacking[name] = missing

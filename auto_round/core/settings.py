@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,6 +12,8 @@ class Settings:
     log_level: str
     use_modelscope: bool
     cache_weights_share: float
+    cxx: str
+    kernel_cache: Path
 
 
 def settings() -> Settings:
@@ -20,9 +23,13 @@ def settings() -> Settings:
     AR_USE_MODELSCOPE (0): fetch models from ModelScope instead of the Hugging Face hub.
     AR_CACHE_WEIGHTS_SHARE (0.25): the torch backend keeps dequantized weights of a loaded model when they need at
         most this share of the free memory, else it dequantizes at each call.
+    CXX (none): the C++ compiler for the CPU kernels, tried before c++, g++ and clang++.
+    AR_KERNEL_CACHE (~/.cache/auto_round): where compiled CPU kernels are kept.
     """
     return Settings(
         log_level=os.environ.get("AR_LOG_LEVEL", "INFO").upper(),
         use_modelscope=os.environ.get("AR_USE_MODELSCOPE", "0").casefold() in ("1", "true", "yes"),
         cache_weights_share=float(os.environ.get("AR_CACHE_WEIGHTS_SHARE", "0.25")),
+        cxx=os.environ.get("CXX", ""),
+        kernel_cache=Path(os.environ.get("AR_KERNEL_CACHE", "~/.cache/auto_round")).expanduser(),
     )

@@ -1,0 +1,140 @@
+"""Layers on our own CPU kernels: repacked once, multiplied by kernels.cpp, read back for saving."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auto_round.backends.base import AWQ, FLOATS, GPTQ, GPTQ_PLAIN, Backend, Kernel, Limits, Site
+from auto_round.backends.cpu import build, layout
+from auto_round.core.groups import group_size, groups_per_row, merge, split
+from auto_round.core.quantized import Quantized
+
+logger = logging.getLogger("auto_round")
+
+LIMBS = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
+"""Bytes per input value: what it takes to lose nothing that the dtype holds, see kernels.cpp."""
+
+
+class CpuLinear(Kernel):
+    """x @ W'.T + bias. `limbs` None takes as many as the dtype of x needs; 1 rounds inputs to 8 bits."""
+
+    def __init__(self, site: Site, backend: str, limbs: int | None) -> None:
+        super().__init__(site, backend)
+        self.limbs = limbs
+        size = group_size(site.shape, site.spec.group)
+        self.group = size + -size % layout.UNIT  # one group per row may end inside a unit
+
+    def settle(self, q: Quantized) -> None:
+        """Repack `q` into tiles."""
+        count = groups_per_row(q.shape, q.spec.group)
+        tensors = {
+            "codes": layout.tile_codes(merge(q.codes, q.shape, q.spec.group), q.spec.bits),
+            "scales": layout.tile_groups(q.params["scale"].reshape(-1, count)),
+        }
+        if "zero" in q.params:
+            tensors["zeros"] = layout.tile_groups(q.params["zero"].reshape(-1, count))
+        self.replace(**tensors)
+
+    def quantized(self) -> Quantized:
+        """As loaded, or read back from the tiles."""
+        if self.packed:
+            return super().quantized()
+        spec, shape = self.site.spec, self.site.shape
+        params = {"scale": layout.untile_groups(self.get_buffer("scales"), shape[0]).reshape(-1, 1)}
+        if not spec.sym:
+            params["zero"] = layout.untile_groups(self.get_buffer("zeros"), shape[0]).reshape(-1, 1)
+        codes = layout.untile_codes(self.get_buffer("codes"), spec.bits, shape)
+        return Quantized(spec=spec, shape=shape, codes=split(codes, spec.group), params=params)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) to (..., O), in the dtype of x. Differentiable in x."""
+        flat = x.reshape(-1, self.in_features).contiguous()
+        bias = None if self.bias is None else self.bias.float()
+        limbs = self.limbs or LIMBS[x.dtype]
+        sizes = (self.site.spec.bits, self.group, self.out_features, limbs)
+        y = torch.ops.auto_round_cpu.linear(
+            flat, self.codes, self.scales, None if self.site.spec.sym else self.zeros, bias, *sizes
+        )
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+
+@cache
+def ready() -> str | None:
+    """Why the kernels cannot be used, or None: compiles and registers them the first time."""
+    try:
+        instructions = build.load()
+    except build.BuildError as error:
+        logger.warning("CPU kernels: %s", error)
+        return str(error)
+    logger.info("CPU kernels use %s and %d threads", instructions, torch.get_num_threads())
+    torch.library.register_fake("auto_round_cpu::linear", _shape)
+    torch.library.register_autograd("auto_round_cpu::linear", _backward, setup_context=_remember)
+    return None
+
+
+def _shape(x: Tensor, codes: Tensor, scales: Tensor, zeros: Any, bias: Any, *sizes: int) -> Tensor:
+    return x.new_empty(x.shape[0], sizes[2])
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, scales, zeros, _, *sizes = inputs
+    ctx.save_for_backward(codes, scales, zeros)
+    ctx.sizes, ctx.columns = sizes, x.shape[1]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """The gradient with respect to x, from the dequantized weight."""
+    codes, scales, zeros = ctx.saved_tensors
+    bits, group, rows, _ = ctx.sizes
+    levels = layout.untile_codes(codes, bits, (rows, ctx.columns)).to(grad.dtype)
+    columns = torch.arange(ctx.columns, device=codes.device) // group
+    offset = float(1 << (bits - 1)) if zeros is None else layout.untile_groups(zeros, rows)[:, columns]
+    weight = (levels - offset) * layout.untile_groups(scales, rows)[:, columns]
+    return grad @ weight.to(grad.dtype), *(None,) * 8
+
+
+class Cpu(Backend):
+    """Our own kernels."""
+
+    limits = (
+        Limits(devices=("cpu",), bits=(2, 3, 4, 8), dtypes=FLOATS, packings=(*GPTQ_PLAIN, *GPTQ, *AWQ)),
+    )
+
+    def __init__(self, name: str, priority: int, limbs: int | None, summary: str) -> None:
+        self.name, self.priority, self.limbs, self.summary = name, priority, limbs, summary
+
+    def reject(self, site: Site) -> str | None:
+        """Groups must end where a unit ends."""
+        reason = super().reject(site)
+        size = group_size(site.shape, site.spec.group)
+        if reason is None and size % layout.UNIT and size != site.shape[1]:
+            return f"group size {size} is no multiple of {layout.UNIT}"
+        return reason
+
+    def missing(self) -> str | None:
+        """A compiler."""
+        return None if build.compiler() else "needs a C++ compiler: install g++ or clang++"
+
+    def prepare(self) -> str | None:
+        """Compile the kernels."""
+        return ready()
+
+    def build(self, site: Site) -> Kernel:
+        """A `CpuLinear` on the meta device."""
+        return CpuLinear(site, self.name, self.limbs)
+
+    def finish(self, module: Kernel, *, cache: bool) -> None:
+        """Repack."""
+        assert isinstance(module, CpuLinear), "built by this backend"
+        module.settle(module.checked())
+
+
+ENTRIES = (
+    Cpu("cpu", 7, None, "our own kernels, compiled for this processor at first use"),
+    Cpu("cpu:int8", -1, 1, "the same with inputs rounded to 8 bits: faster, less exact, on request only"),
+)

@@ -1,0 +1,236 @@
+"""Kernels: every backend that runs here agrees with the definition and gives back what it loaded, or says why not."""
+
+import copy
+
+import pytest
+import torch
+
+from auto_round.backends.base import AWQ, GPTQ, Site, backends, choose, is_met
+from auto_round.codecs.base import codec_of
+from auto_round.core.errors import FormatError
+from auto_round.core.scheme import TensorSpec
+from auto_round.formats.base import format_named
+
+OURS = [name for name in backends() if name.split(":")[0] in ("cpu", "ark", "mlx", "triton")]
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def site_of(
+    spec,
+    shape,
+    *,
+    fmt=GPTQ[0],
+    dtype=torch.float32,
+    bias=None,
+    device="cpu",
+    name="model.layers.0.mlp.up_proj",
+):
+    """One layer as a loader meets it."""
+    return Site(
+        name=name, format=format_named(fmt), spec=spec, shape=shape, device=device, dtype=dtype, bias=bias
+    )
+
+
+def usable(name, site):
+    """The backend called `name`, if it runs `site` here; else the test is skipped with the reason."""
+    backend = backends()[name]
+    reason = backend.reject(site) or backend.missing() or backend.prepare()
+    if reason:
+        pytest.skip(f"{name}: {reason}")
+    return backend
+
+
+def random_quantized(spec, shape, seed=0):
+    """A quantized random matrix."""
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.1
+    return codec_of(spec).quantize(w, spec)
+
+
+def layer(backend, site, q, *, seed=1):
+    """A module of `backend` that holds `q`, as if loaded from a checkpoint."""
+    module = backend.build(site)
+    for name, tensor in site.format.write(q).items():
+        module._buffers[name] = tensor
+    if site.bias is not None:
+        noise = torch.randn(site.shape[0], generator=torch.Generator().manual_seed(seed))
+        module._buffers["bias"] = noise.to(site.bias)
+    backend.finish(module, cache=False)
+    return module
+
+
+def inputs(rows, columns, dtype, seed=2):
+    """Inputs with a few large channels, as activations have them."""
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    x[:, ::17] *= 20
+    return x.to(dtype)
+
+
+def exact(q, x, bias):
+    """The product in float64, by the definition of the integers."""
+    w = codec_of(q.spec).dequantize(q).double()
+    y = x.double() @ w.t()
+    return y if bias is None else y + bias.double()
+
+
+GRID = [
+    (bits, group, sym, fmt)
+    for bits in (2, 3, 4, 8)
+    for group in (32, 64, 128, -1)
+    for sym, fmt in ((True, GPTQ[0]), (False, "auto_round:gptqmodel"))
+]
+GRID += [(4, group, sym, AWQ[0]) for group in (32, 128) for sym in (True, False)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("bits", "group", "sym", "fmt"), GRID)
+@pytest.mark.parametrize("name", OURS)
+def test_every_kernel_agrees_with_the_definition(name, bits, group, sym, fmt, dtype):
+    spec = TensorSpec(bits=bits, group=group, sym=sym)
+    for shape, bias in (((96, 256), None), ((64, 384), dtype)):
+        site = site_of(spec, shape, fmt=fmt, dtype=dtype, bias=bias)
+        backend = usable(name, site)
+        q = random_quantized(spec, shape)
+        module = layer(backend, site, q)
+        for rows in (1, 3, 8):
+            x = inputs(rows, shape[1], dtype)
+            want = exact(q, x, module.bias)
+            got = module(x.reshape(rows, 1, -1)).reshape(rows, -1)
+            limit = 1.5e-2 if name.endswith("int8") else TOLERANCE[dtype]
+            assert got.dtype == dtype
+            assert (got.double() - want).norm() <= limit * want.norm(), (name, shape, rows)
+
+
+@pytest.mark.parametrize(("bits", "group", "sym", "fmt"), GRID)
+@pytest.mark.parametrize("name", [*OURS, "torch"])
+def test_a_repacked_layer_saves_the_tensors_it_was_loaded_from(name, bits, group, sym, fmt):
+    spec = TensorSpec(bits=bits, group=group, sym=sym)
+    site = site_of(spec, (96, 256), fmt=fmt, bias=torch.float32)
+    q = random_quantized(spec, (96, 256))
+    module = layer(usable(name, site), site, q)
+    saved, loaded = module.state_dict(), {**site.format.write(q), "bias": module.bias}
+    assert saved.keys() == loaded.keys()
+    for key, tensor in loaded.items():
+        assert saved[key].dtype == tensor.dtype and torch.equal(saved[key], tensor), key
+
+
+@pytest.mark.parametrize("name", [*OURS, "torch"])
+def test_a_layer_gives_its_weight_back_and_survives_a_copy_and_a_cast(name):
+    spec = TensorSpec(bits=4, group=32)
+    site = site_of(spec, (64, 128))
+    q = random_quantized(spec, (64, 128))
+    module = copy.deepcopy(layer(usable(name, site), site, q)).to(torch.bfloat16)
+    assert torch.equal(module.dequantized(torch.float32), codec_of(spec).dequantize(q))
+
+
+@pytest.mark.parametrize("name", ["torch", "cpu"])
+@pytest.mark.parametrize("sym", [True, False])
+def test_gradients_reach_the_inputs(name, sym):
+    spec = TensorSpec(bits=4, group=32, sym=sym)
+    site = site_of(spec, (64, 96), fmt="auto_round:gptqmodel")
+    q = random_quantized(spec, (64, 96))
+    module = layer(usable(name, site), site, q)
+    x = inputs(5, 96, torch.float32).requires_grad_()
+    upstream = inputs(5, 64, torch.float32, seed=3)
+    module(x).backward(upstream)
+    want = upstream.double() @ codec_of(spec).dequantize(q).double()
+    assert (x.grad.double() - want).norm() <= 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_odd_shapes_and_hostile_inputs_of_the_cpu_kernels(rows):
+    spec = TensorSpec(bits=4, group=-1)
+    site = site_of(spec, (32, 96), dtype=torch.float32)
+    q = random_quantized(spec, (32, 96))
+    module = layer(usable("cpu", site), site, q)
+    x = inputs(rows, 96, torch.float32)
+    assert module(x).shape == (rows, 32)
+    assert not module(torch.zeros(rows, 96)).any()
+    if rows > 1:
+        x[0, 3], x[1, 5] = torch.nan, torch.inf
+        y = module(x)
+        assert torch.isnan(y[:2]).all() and torch.isfinite(y[2:]).all()
+        tiny, huge = torch.full((1, 96), 1e-42), torch.full((1, 96), 3e38)
+        assert torch.isfinite(module(tiny)).all() and not torch.isnan(module(huge)).any()
+
+
+def test_the_cpu_kernels_give_the_same_bits_with_any_number_of_threads():
+    spec = TensorSpec(bits=4, group=128)
+    site = site_of(spec, (512, 512), dtype=torch.bfloat16)
+    module = layer(usable("cpu", site), site, random_quantized(spec, (512, 512)))
+    x = inputs(7, 512, torch.bfloat16)
+    one = module(x)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(module(x), one)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_bytes_of_a_tile_are_what_the_kernel_file_says(bits):
+    from auto_round.backends.cpu.layout import tile_codes, untile_codes
+
+    codes = torch.randint(
+        0, 1 << bits, (9, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    tiled = tile_codes(codes, bits)
+    assert tiled.shape == (2, 2, 32 * bits) and torch.equal(untile_codes(tiled, bits, (9, 40)), codes)
+    for row, column in ((0, 0), (3, 17), (8, 39)):
+        unit, (q, k) = tiled[row // 8, column // 32].tolist(), divmod(column % 32, 4)
+        at = 4 * (row % 8) + k  # byte within a vector
+        if bits == 8:
+            found = unit[32 * q + at]
+        elif bits == 4:
+            found = unit[32 * (q // 2) + at] >> 4 * (q % 2) & 15
+        else:
+            found = unit[32 * (q // 4) + at] >> 2 * (q % 4) & 3
+        if bits == 3:
+            found |= (unit[64 + at] >> q & 1) << 2
+        assert found == codes[row, column]
+
+
+def test_without_a_compiler_the_reference_runs_and_the_remedy_is_told(monkeypatch):
+    site = site_of(TensorSpec(), (64, 128))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", "")
+    choice = choose(site)
+    assert choice.backend.name == "torch" or is_met("auto-round-lib")
+    assert choice.better["cpu"] == "needs a C++ compiler: install g++ or clang++"
+
+
+def test_a_compiler_that_fails_is_told_with_its_message(tmp_path, monkeypatch):
+    from auto_round.backends.cpu import build
+
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho 'kernels.cpp:1: fatal error: no such header' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("AR_KERNEL_CACHE", str(tmp_path))
+    with pytest.raises(build.BuildError, match="no such header"):
+        build.load("auto_round_broken")
+    assert not list(tmp_path.glob("*.so"))
+
+
+@pytest.mark.slow
+def test_the_kernels_without_vector_instructions_agree():
+    from auto_round.backends.cpu import build, layout
+
+    assert build.load("auto_round_cpu_plain", "AUTO_ROUND_PLAIN") == "plain C++"
+    generator = torch.Generator().manual_seed(0)
+    for bits in (2, 3, 4, 8):
+        codes = torch.randint(0, 1 << bits, (24, 128), generator=generator, dtype=torch.uint8)
+        scales = torch.rand(24, 2, generator=generator).half()
+        zeros = torch.randint(0, 1 << bits, (24, 2), generator=generator, dtype=torch.uint8)
+        columns = torch.arange(128) // 64
+        w = (codes.double() - zeros.double()[:, columns]) * scales.double()[:, columns]
+        for dtype, limbs in ((torch.float32, 3), (torch.bfloat16, 2)):
+            x = inputs(6, 128, dtype)
+            tiles = (layout.tile_codes(codes, bits), layout.tile_groups(scales), layout.tile_groups(zeros))
+            y = torch.ops.auto_round_cpu_plain.linear(x, *tiles, None, bits, 64, 24, limbs)
+            want = x.double() @ w.t()
+            assert (y.double() - want).norm() <= TOLERANCE[dtype] * want.norm()
+
+
+def test_an_unknown_backend_is_answered_with_the_nearest_name():
+    with pytest.raises(FormatError, match="Did you mean 'marlin'"):
+        choose(site_of(TensorSpec(), (64, 128)), "marlim")

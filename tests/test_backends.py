@@ -232,5 +232,5 @@ def test_the_kernels_without_vector_instructions_agree():
 
 
 def test_an_unknown_backend_is_answered_with_the_nearest_name():
-    with pytest.raises(FormatError, match="Did you mean 'marlin'"):
-        choose(site_of(TensorSpec(), (64, 128)), "marlim")
+    with pytest.raises(FormatError, match="Did you mean 'torch'"):
+        choose(site_of(TensorSpec(), (64, 128)), "torhc")

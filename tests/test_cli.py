@@ -196,7 +196,6 @@ LATER = [
     ["--dynamic_max_gap", "5"],
     ["--enable_torch_compile"],
     ["--scheme", "W4A16_MIXED"],
-    ["--format", "fp8"],
 ]
 
 

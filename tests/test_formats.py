@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from auto_round.codecs.base import codec_of, fake, preset, presets, stored_inputs
-from auto_round.core.errors import FormatError, NotYetError
+from auto_round.core.errors import FormatError
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import Scheme, TensorSpec
@@ -206,8 +206,6 @@ def test_auto_awq_refuses_two_settings_at_once():
 def test_format_names_are_checked():
     with pytest.raises(FormatError, match="Did you mean 'auto_gptq'"):
         parse_formats("auto_gtpq")
-    with pytest.raises(NotYetError, match="not there yet"):
-        parse_formats("fp8")
     with pytest.raises(FormatError, match="twice"):
         parse_formats("auto_awq,auto_awq")
     assert [f.name for f in parse_formats("auto_gptq, auto_awq,auto_round")] == [
@@ -420,3 +418,24 @@ def test_a_compressed_tensors_group_is_no_larger_than_the_row():
 )
 def test_compressed_tensors_says_what_it_cannot_hold(scheme, words):
     assert words in format_named("llm_compressor").reject(scheme, (64, 128))
+
+
+def test_fp8_blocks_have_the_names_that_deepseek_gave_them():
+    scheme, shape = preset("FP8_BLOCK"), (160, 256)
+    plan = Plan(
+        {"x.y": scheme, "x.z": Scheme(weight=None)}, shapes=dict.fromkeys(("x.y", "x.z"), shape), base=scheme
+    )
+    written = format_named("fp8").write(meta_quantized(scheme.weight, shape, scheme.act))
+    assert {k: (t.dtype, tuple(t.shape)) for k, t in written.items()} == {
+        "weight": (torch.float8_e4m3fn, shape),
+        "weight_scale_inv": (torch.bfloat16, (2, 2)),
+    }
+    config = format_named("fp8").config(plan, PROVENANCE)
+    assert config["quant_method"] == "fp8" and config["weight_block_size"] == [128, 128]
+    assert config["ignored_layers"] == config["modules_to_not_convert"] == ["lm_head", "x.z"]
+    assert "in blocks" in format_named("fp8").reject(preset("FP8_STATIC"), shape)
+    with pytest.raises(FormatError, match="one setting for all"):
+        other = Scheme(weight=replace(scheme.weight, group=(64, 128)), act=scheme.act)
+        format_named("fp8").check(
+            Plan({"a": scheme, "b": other}, shapes={"a": shape, "b": shape}, base=scheme)
+        )

@@ -225,6 +225,7 @@ GOOD += [
     ("llama", "auto_round:mlx", {"group_size": 32}),
     ("qwen3-tied", "llm_compressor", {"group_size": 32}),
 ]
+GOOD += [("llama", "fp8", {"scheme": "FP8_BLOCK"})]
 GOOD += [
     ("llama", fmt, {"scheme": scheme})
     for fmt in ("auto_round", "llm_compressor")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from rich.console import Console, Group
 from rich.table import Table
@@ -40,19 +42,42 @@ def show(what: str, console: Console) -> None:
     console.print(tables[key]())
 
 
-def _formats() -> Table:
-    table = Table("format", "schemes", title="checkpoint formats")
+def _formats() -> Group:
+    """What each format holds; then what it refuses, with its reason."""
+    held, refused = (
+        Table("format", "schemes", title="checkpoint formats"),
+        Table("format", "refuses", "because"),
+    )
+    for table in (held, refused):
+        for column in table.columns:
+            column.overflow = "fold"
     for name, fmt in formats().items():
-        held = [scheme for scheme, value in presets().items() if fmt.reject(value, PROBE) is None]
-        table.add_row(name, ", ".join(held))
-    return table
+        reasons: dict[str, list[str]] = {}
+        for scheme, value in presets().items():
+            reasons.setdefault(_reason(fmt.reject(value, PROBE)), []).append(scheme)
+        held.add_row(name, ", ".join(reasons.pop("", [])))
+        for reason, schemes in reasons.items():
+            ours = [scheme for scheme in schemes if not scheme.startswith("GGUF:")]
+            refused.add_row(name, ", ".join(ours + ["GGUF:*"] * (len(ours) < len(schemes))), reason)
+    return Group(held, refused)
+
+
+def _reason(refusal: str | None) -> str:
+    """A refusal without the value that was refused, so that equal ones fall together; empty for none."""
+    return re.sub(r",? got .*?(?=\. [A-Z]|$)", "", refusal or "")
 
 
 def _schemes() -> Table:
-    table = Table("scheme", "bits", "group size", "symmetric", "data type", title="schemes")
+    columns = ("scheme", "bits", "group size", "symmetric", "data type", "inputs", "formats")
+    table = Table(*columns, title="schemes")
+    for column in table.columns:
+        column.overflow = "fold"
+    names = {name: fmt for name, fmt in formats().items() if not name.startswith("gguf")}
     for name, scheme in presets().items():
         flat = scheme.to_flat()
-        table.add_row(name, *(str(flat.get(key, "-")) for key in ("bits", "group_size", "sym", "data_type")))
+        weights = (str(flat.get(key, "-")) for key in ("bits", "group_size", "sym", "data_type"))
+        holders = ", ".join(n for n, fmt in names.items() if fmt.reject(scheme, PROBE) is None)
+        table.add_row(name, *weights, "-" if scheme.act is None else str(scheme.act), holders)
     return table
 
 

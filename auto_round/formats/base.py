@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_round.core.errors import FormatError, NotYetError, nearest
+from auto_round.core.errors import FormatError, nearest
 from auto_round.core.groups import group_size
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
@@ -230,14 +230,12 @@ def planned_tensors(
     return fmt.write(meta_quantized(spec, shape, act))
 
 
-PLANNED = ("fp8", "auto_round:fp8")
-
-
 ALIASES = {
     "gptqmodel": "auto_gptq",
     "gptq": "auto_gptq",
     "awq": "auto_awq",
     "auto_round:gptq": "auto_round:auto_gptq",
+    "auto_round:fp8": "auto_round:floats",
 }
 """Other names of formats."""
 
@@ -254,8 +252,6 @@ def format_named(name: str) -> Format:
     key = ALIASES.get(key, key)
     if key in known:
         return known[key]
-    if key in PLANNED:
-        raise NotYetError(f"format {name!r} is not there yet. Available: {', '.join(known)}")
     raise FormatError(f"format {name!r} is unknown.{nearest(name, known)} Available: {', '.join(known)}")
 
 

@@ -141,6 +141,21 @@ def _compressed(settings: Mapping[str, Any], layers: Collection[str], inside: Co
     return Described(format_named("llm_compressor"), schemes, tuple(named))
 
 
+def _fp8(settings: Mapping[str, Any], layers: Collection[str], inside: Collection[str]) -> Described:
+    rows, columns = settings.get("weight_block_size") or (0, 0)
+    if not rows or settings.get("activation_scheme") != "dynamic":
+        raise FormatError(
+            "quant_method fp8 is understood with weight_block_size and dynamic activations only"
+        )
+    scheme = Scheme(
+        weight=TensorSpec(dtype="fp", bits=8, group=(rows, columns), scale_dtype="bfloat16"),
+        act=TensorSpec(dtype="fp", bits=8, group=columns, scale_dtype="float32"),
+    )
+    left = settings.get("modules_to_not_convert") or settings.get("ignored_layers") or []
+    schemes = {name: FLOAT if any(part in name for part in left) else scheme for name in layers}
+    return Described(format_named("fp8"), schemes, tuple(("modules_to_not_convert", name) for name in left))
+
+
 def _compressed_spec(args: Mapping[str, Any], *, inputs: bool) -> TensorSpec:
     """The spec of compressed-tensors' arguments. Raises FormatError for a strategy that is not understood."""
     strategy, size = args.get("strategy"), args.get("group_size")
@@ -187,6 +202,7 @@ READERS: dict[str, Reader] = {
     "gptq": _gptq,
     "awq": _awq,
     "compressed-tensors": _compressed,
+    "fp8": _fp8,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -24,8 +24,11 @@ from auto_round.formats.base import Format, Provenance, parse_formats, sharing_a
 from auto_round.jobs.export import CheckpointWriter
 from auto_round.jobs.gguf_export import GgufWriter
 from auto_round.jobs.journal import Journal, Resumed
+from auto_round.jobs.ledger import Ledger
 from auto_round.jobs.manifest import manifest
 from auto_round.jobs.quantize import Observer, Pass, quantize
+from auto_round.jobs.stream import Locked, stream
+from auto_round.jobs.workers import cores
 from auto_round.models import load
 from auto_round.models.anatomy import experts_of
 from auto_round.models.device import execution_dtype, pick_device
@@ -87,7 +90,8 @@ class AutoRound:
         kept = Kept()
         model = self._live_model()
         plan = self._plan_in_memory()
-        self._run(Pass(plan, self.steps(plan), [kept]))
+        steps = self.steps(plan)
+        self._run(self._source(steps), Pass(plan, steps, [kept]))
         self._kept = kept
         return model, plan.flat()
 
@@ -136,12 +140,20 @@ class AutoRound:
             if len(plans) == 1:
                 journal = stack.enter_context(Journal(Path(output_dir), self.plan))
             passes = []
-            for group, plan in zip(groups, plans):
-                opened = self._writers(Path(output_dir), group, plan, several=len(formats) > 1)
+            steps = [self.steps(plan) for plan in plans]
+            source = self._source(steps[0])
+            for group, plan, its in zip(groups, plans, steps):
+                about = None
+                if isinstance(source, TensorSource):
+                    about = manifest(self.subject(), plan, its, source.describe())
+                opened = self._writers(Path(output_dir), group, plan, several=len(formats) > 1, about=about)
                 writers = stack.enter_context(opened)
-                passes.append(Pass(plan, self.steps(plan), writers))
+                passes.append(Pass(plan, its, writers))
                 folders += [str(writer.folder) for writer in writers]
-            self._run(*passes, journal=journal)
+            if isinstance(source, TensorSource):
+                self._stream(source, passes)
+            else:
+                self._run(source, *passes, journal=journal)
         return self.model, folders if len(folders) > 1 else folders[0]
 
     def _formats(self, given: str | None) -> list[Format]:
@@ -215,10 +227,10 @@ class AutoRound:
 
     def subject(self) -> Subject:
         """The model as files and layers."""
-        streams = self.folder is not None and not self._whole and self._streams()
-        if self._subject is None and self.folder is not None and streams:
+        if self._subject is None and self.folder is not None and self._streams():
             self._subject = streamed_subject(
                 self.folder,
+                embedding=self._whole,
                 blocks=self.options.to_quant_block_names,
                 trust_remote_code=self.options.trust_remote_code,
             )
@@ -306,8 +318,19 @@ class AutoRound:
             )
         return self._tokenizer
 
-    def _run(self, first: Pass, *others: Pass, journal: Journal | None = None) -> None:
-        source, writers, observers = self._source(first.steps), first.writers, self.observers
+    def _stream(self, source: TensorSource, passes: Sequence[Pass]) -> None:
+        blocks = sum(len(blocks) for blocks in self.subject().anatomy.block_lists)
+        for observer in self.observers:
+            observer.started(passes[0].plan, blocks)
+        observers = self.observers
+        for each in passes:
+            writers = [w if isinstance(w, CheckpointWriter) else Locked(w) for w in each.writers]
+            workers = self.options.workers or cores()
+            stream(source, each.plan, each.steps, writers, observers, workers=workers)
+            observers = []  # one account of the blocks is enough
+
+    def _run(self, source: Source, first: Pass, *others: Pass, journal: Journal | None = None) -> None:
+        writers, observers = first.writers, self.observers
         for observer in observers:
             observer.started(first.plan, sum(len(blocks) for blocks in self.subject().anatomy.block_lists))
         if journal is not None:
@@ -389,9 +412,18 @@ class AutoRound:
 
     @contextmanager
     def _writers(
-        self, output_dir: Path, formats: Sequence[Format], plan: Plan, *, several: bool
+        self,
+        output_dir: Path,
+        formats: Sequence[Format],
+        plan: Plan,
+        *,
+        several: bool,
+        about: Mapping[str, Any] | None = None,
     ) -> Iterator[list[CheckpointWriter | GgufWriter]]:
-        """One writer per format: into `output_dir` itself, or into a sub-folder each when there are several."""
+        """One writer per format: into `output_dir` itself, or into a sub-folder each when there are several.
+
+        about: what a stream's outcome depends on, for the ledger of what it has written.
+        """
         subject, limit = self.subject(), parse_size(self.options.max_shard_size)
         with ExitStack() as stack:
             writers: list[CheckpointWriter | GgufWriter] = []
@@ -404,7 +436,10 @@ class AutoRound:
                     writer = GgufWriter(folder, fmt, subject, plan, provenance, max_shard_bytes=split)
                 else:
                     made = fmt.resolve(plan)
-                    writer = CheckpointWriter(folder, made, subject, plan, provenance, max_shard_bytes=limit)
+                    ledger = None if about is None else Ledger(about, resume=self.options.resume)
+                    writer = CheckpointWriter(
+                        folder, made, subject, plan, provenance, max_shard_bytes=limit, ledger=ledger
+                    )
                 stack.enter_context(writer)
                 writers.append(writer)
             yield writers

@@ -68,6 +68,7 @@ class Options:
     platform: str = "hf"
     model_free: bool = False
     disable_model_free: bool = False
+    workers: int | None = None
     format: str | None = None
     resume: bool = False
     max_shard_size: str | int = "5GB"
@@ -154,6 +155,7 @@ ALIASES = {
 
 AT_LEAST = {
     "iters": 0,
+    "workers": 1,
     "nsamples": 0,
     "seqlen": 1,
     "batch_size": 1,

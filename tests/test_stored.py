@@ -31,7 +31,7 @@ def test_names_alone_show_the_layers_of_the_module_tree(name, tmp_path):
     assert (ours.block_lists, ours.head, ours.tied) == (theirs.block_lists, theirs.head, theirs.tied)
     facts = {n: (x.shape, x.transposed, x.block) for n, x in ours.layers.items()}
     assert facts == {n: (x.shape, x.transposed, x.block) for n, x in theirs.layers.items()}
-    assert set(ours.fused()) == set(theirs.fused())
+    assert set(ours.fused()) == set(theirs.fused()) and set(ours.routers) == set(theirs.routers)
     assert {n: names.stored_name(n) for n in ours.layers} == {n: tree.stored_name(n) for n in theirs.layers}
 
 

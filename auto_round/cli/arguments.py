@@ -159,6 +159,9 @@ class Machine:
         bool, _switch("model-free", help="From the checkpoint's shards, no model is built.")
     ] = False
     disable_model_free: Annotated[bool, _switch("disable-model-free", help="Always build the model.")] = False
+    workers: Annotated[Number, _flag("workers", help="Layers streamed at a time; default: one per core.")] = (
+        None
+    )
 
 
 @Parameter(name="*", group=Group("Not there yet", sort_key=9))

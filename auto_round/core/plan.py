@@ -53,6 +53,11 @@ class Plan(Mapping[str, Scheme]):
         new = {name: scheme or FLOAT for name, scheme in changes.items()}
         return self._copy(schemes={**self._schemes, **new}, why={**self.why, **dict.fromkeys(new, why)})
 
+    def only(self, names: Iterable[str], fused: Iterable[frozenset[str]] = ()) -> Plan:
+        """The part about the layers `names`, for work that is done on them alone."""
+        schemes = {name: self[name] for name in names}
+        return Plan(schemes, shapes=self.shapes, base=self.base, fused=fused)
+
     def noted(self, *notes: str) -> Plan:
         """The same plan with further remarks."""
         return self._copy(notes=(*self.notes, *notes))

@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,14 +24,16 @@ from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import TensorSpec
 from auto_round.formats.base import Format, Provenance, planned_tensors
 from auto_round.jobs import folders
+from auto_round.jobs.ledger import LEDGER, Ledger
 from auto_round.jobs.verify import inspect
 from auto_round.models.checkpoint import Checkpoint, TensorInfo
 from auto_round.models.experts import ExpertStore
-from auto_round.models.shards import ShardWriter, raw_bytes
+from auto_round.models.shards import ShardWriter, checksum, raw_bytes
 from auto_round.models.subject import Subject
 
 logger = logging.getLogger("auto_round")
 STAGING = ".auto_round_partial"
+SAMPLED = 16
 
 
 @dataclass(slots=True)
@@ -54,7 +57,10 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         provenance: Provenance,
         *,
         max_shard_bytes: int,
+        ledger: Ledger | None = None,
     ) -> None:
+        """ledger: layers arrive from several workers and are entered there as they are written; a run that fails
+        then keeps them. Their codes are compared by samples: one of `SAMPLED`, and one of every kind."""
         self.folder, self.format, self.subject, self.plan, self.provenance = (
             folder,
             fmt,
@@ -65,7 +71,9 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         self.account = Account()
         self._staging = folder / STAGING
         self._digests: dict[str, tuple[TensorSpec, tuple[int, int], str]] = {}
-        self._written: dict[str, dict[str, str]] = {}
+        self._written: dict[str, dict[str, int]] = {}
+        self._ledger, self._kinds, self._copied = ledger, set[object](), set[str]()
+        self._fusing = threading.Lock()
         self._inside: dict[str, set[str]] = {}  # fused tensor -> plain weights yet to come that lie in it
         self._fused: dict[str, Tensor] = {}
         self._shards = ShardWriter(self._staging, self._infos(), max_shard_bytes)
@@ -117,15 +125,23 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         if source is not None and self.folder.resolve() == source.resolve():
             raise FormatError(f"output folder {self.folder} is the model itself; choose another --output_dir")
         self._made = folders.missing(self.folder)
+        earlier = None
+        if self._ledger is not None:
+            files = {shard.file: shard.size for shard in self._shards.shards}
+            self._ledger.about(format=self.format.name, files=files)
+            earlier = self._ledger.earlier(self._staging)
         try:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging.mkdir(parents=True)
+            if earlier is None:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder).free
-            if free < self.nbytes:
+            if free < self.nbytes and not earlier:
                 raise OutputError(
                     f"output folder {self.folder}: needs {self.nbytes:,} bytes, {free:,} are free"
                 )
             self._shards.__enter__()
+            if self._ledger is not None:
+                self._ledger.begin(self._staging, self._intact(earlier or {}))
         except OSError as error:
             self._remove()
             raise OutputError(f"output folder {self.folder} cannot be written: {error}") from error
@@ -134,10 +150,27 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             raise
         return self
 
+    @property
+    def finished(self) -> Collection[str]:
+        """Layers that are written, by this run or an earlier one."""
+        return self._written.keys()
+
+    def _intact(self, earlier: Mapping[str, dict[str, int]]) -> Mapping[str, dict[str, int]]:
+        """Those layers of an earlier run whose bytes are in their places."""
+        if not earlier:
+            return {}
+        stored = Checkpoint(self._staging)
+        for layer, tensors in earlier.items():
+            if layer in self.plan and all(checksum(stored.get(full)) == tensors[full] for full in tensors):
+                self._written[layer] = tensors
+                self._shards.written(tensors)
+        logger.info("going on after %d finished layers found in %s", len(self._written), self._staging)
+        return self._written
+
     def add(self, name: str, q: Quantized) -> None:
         """Write the tensors of layer `name` in their places."""
         prefix = self.subject.stored_name(name)
-        hashes = {}
+        sums = {}
         for suffix, tensor in self.format.write(q).items():
             full = f"{prefix}.{suffix}"
             tensor = self._as_stored(name, suffix, tensor).to(self._planned(full).dtype)
@@ -145,9 +178,33 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
                 self._put(full, tensor)
             except OSError as error:
                 raise OutputError(f"output folder {self.folder} cannot be written: {error}") from error
-            hashes[full] = digest({full: tensor})
-        self._written[name] = hashes
-        self._digests[name] = (q.spec, q.shape, digest(q.tensors()))
+            sums[full] = checksum(tensor)
+        self._written[name] = sums
+        if self._is_sample(q):
+            self._digests[name] = (q.spec, q.shape, digest(q.tensors()))
+        if self._ledger is not None and all(full in self._shards.infos for full in sums):
+            self._ledger.add(name, sums)
+
+    def _is_sample(self, q: Quantized) -> bool:
+        kind, known = (q.spec, q.shape), len(self._kinds)
+        self._kinds.add(kind)
+        return self._ledger is None or len(self._kinds) > known or len(self._written) % SAMPLED == 0
+
+    def to_copy(self) -> list[str]:
+        """Tensors that stay as they are."""
+        return [name for name in self.account.copied if name not in self._copied]
+
+    def copy(self, name: str) -> None:
+        """Copy a tensor that stays as it is to its place."""
+        place = self.subject.files.store.place(name)
+        try:
+            if place is None:
+                self._shards.put(name, self.subject.files.store.get(name))
+            else:
+                self._shards.copy(name, place)
+        except OSError as error:
+            raise OutputError(f"output folder {self.folder} cannot be written: {error}") from error
+        self._copied.add(name)
 
     def _planned(self, name: str) -> TensorInfo:
         return self._shards.infos.get(name) or self.subject.files.store.infos[name]
@@ -160,11 +217,13 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         store = self.subject.files.store
         assert isinstance(store, ExpertStore), "only experts lie inside other tensors"
         piece = store.pieces[name]
-        whole = self._fused.setdefault(piece.tensor, store.get(piece.tensor).clone())
-        piece.of(whole).copy_(tensor)
-        self._inside[piece.tensor].discard(name)
-        if not self._inside[piece.tensor]:
-            self._shards.put(piece.tensor, self._fused.pop(piece.tensor))
+        with self._fusing:
+            if piece.tensor not in self._fused:
+                self._fused[piece.tensor] = store.get(piece.tensor).clone()
+            piece.of(self._fused[piece.tensor]).copy_(tensor)
+            self._inside[piece.tensor].discard(name)
+            if not self._inside[piece.tensor]:
+                self._shards.put(piece.tensor, self._fused.pop(piece.tensor))
 
     def _read_back(self, stored: Checkpoint, name: str) -> Tensor:
         """The tensor called `name` of the written files."""
@@ -178,19 +237,34 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with ExitStack() as cleanup:
-            cleanup.callback(self._remove)
+            cleanup.callback(self._leave, kind is None)
             try:
                 if kind is None:
-                    for name in self.account.copied:
-                        self._shards.put(name, self.subject.files.store.get(name))
+                    for name in self.to_copy():
+                        self.copy(name)
                 self._shards.__exit__(kind, error, trace)
+                if self._ledger is not None:
+                    self._ledger.close()
                 if kind is None:
+                    (self._staging / LEDGER).unlink(missing_ok=True)
                     self._write_side_files()
                     self._verify()
                     self._publish()
                     self._inspect()
             except OSError as failure:
                 raise OutputError(f"output folder {self.folder} cannot be written: {failure}") from failure
+
+    def _leave(self, complete: bool) -> None:
+        """Remove the staging folder, unless a failed run left layers in it that the next one can use."""
+        if complete or self._ledger is None or not self._ledger.count:
+            self._remove()
+            return
+        self._ledger.close()
+        logger.warning(
+            "not finished: %d layers are done and kept in %s; the same call with resume=True (--resume) goes on",
+            self._ledger.count,
+            self._staging,
+        )
 
     def _remove(self) -> None:
         shutil.rmtree(self._staging, ignore_errors=True)
@@ -235,14 +309,15 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
     def _verify(self) -> None:
         """Read every quantized layer back and compare it, bit for bit, with what was handed in."""
         stored = Checkpoint(self._staging)
-        for name, (spec, shape, expected) in self._digests.items():
-            tensors = {full: self._read_back(stored, full) for full in self._written[name]}
+        for name, sums in self._written.items():
+            tensors = {full: self._read_back(stored, full) for full in sums}
             for full, tensor in tensors.items():
-                if digest({full: tensor}) != self._written[name][full]:
+                if checksum(tensor) != sums[full]:
                     raise VerificationError(
                         f"{full} in {self.folder} reads back differently; the disk may be faulty"
                     )
-            if self.format.holds_codes:
+            if self.format.holds_codes and name in self._digests:
+                spec, shape, expected = self._digests[name]
                 prefix = f"{self.subject.stored_name(name)}."
                 by_suffix = {full.removeprefix(prefix): tensor for full, tensor in tensors.items()}
                 if digest(self.format.read(by_suffix, spec, shape).tensors()) != expected:

@@ -80,16 +80,19 @@ def quantize(
     wanted = dict.fromkeys(name for each in passes for name in each.plan.quantized())
     for block in source.blocks(needs, wanted):
         started = time.perf_counter()
-        made = [quantize_block(block, each) for each in passes]
+        made = [quantize_block(block, each, wants_fakes=source.can_run) for each in passes]
         replaced, report = made[0]
         source.done(block, replaced)
-        result = BlockResult(block.name, len(replaced), report, time.perf_counter() - started)
+        layers = sum(name in wanted for name in block.weights)
+        result = BlockResult(block.name, layers, report, time.perf_counter() - started)
         for observer in observers:
             observer.finished(result)
 
 
-def quantize_block(block: Block, job: Pass) -> tuple[dict[str, torch.Tensor], BlockReport]:
-    """(layer -> what its weight becomes, what the steps found out) for one block."""
+def quantize_block(
+    block: Block, job: Pass, *, wants_fakes: bool = True
+) -> tuple[dict[str, torch.Tensor], BlockReport]:
+    """(layer -> what its weight becomes, if wanted; what the steps found out) for one block."""
     report, specs = BlockReport(kept="plain"), specs_of(block, job.plan)
     check_finite(block, specs)
     block.tied = tied(block, specs, job.plan)
@@ -100,7 +103,8 @@ def quantize_block(block: Block, job: Pass) -> tuple[dict[str, torch.Tensor], Bl
     for name, spec in specs.items():
         q = encode(name, block.weights[name], spec, knobs.get(name, NEUTRAL))
         q = replace(q, inputs=block.inputs.get(name, NEUTRAL))
-        replaced[name] = codec_of(spec).dequantize(q)
+        if wants_fakes:
+            replaced[name] = codec_of(spec).dequantize(q)
         for writer in job.writers:
             writer.add(name, q)
     return replaced, report

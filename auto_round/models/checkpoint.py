@@ -60,6 +60,16 @@ class TensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the bytes of a tensor lie: an open file, the first byte, how many."""
+
+    path: Path
+    file: int
+    offset: int
+    nbytes: int
+
+
 class TensorStore(ABC):
     """Named tensors that can be looked at without being read."""
 
@@ -72,6 +82,14 @@ class TensorStore(ABC):
     def row(self, name: str, index: int) -> Tensor:
         """One entry of the first dimension of the tensor called `name`."""
         return self.get(name)[index]
+
+    def place(self, name: str) -> Place | None:
+        """Where the bytes of the tensor called `name` lie, or None when no file has them as they are."""
+        return None
+
+    def announce(self, name: str) -> None:
+        """The tensor called `name` will soon be read."""
+        return None
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -108,16 +126,6 @@ class StateDict(TensorStore):
 
 def _bytes(flat: Tensor) -> bytes:
     return flat.cpu().contiguous().view(torch.uint8).numpy().tobytes()
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where the bytes of a tensor lie: an open file, the first byte, how many."""
-
-    path: Path
-    file: int
-    offset: int
-    nbytes: int
 
 
 class Checkpoint(TensorStore):

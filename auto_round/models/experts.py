@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.models import quirks
-from auto_round.models.checkpoint import StateDict, TensorInfo, TensorStore, names_match
+from auto_round.models.checkpoint import Place, StateDict, TensorInfo, TensorStore, names_match
 
 try:
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -215,6 +215,15 @@ class ExpertStore(TensorStore):
     def fingerprint(self) -> str:
         """That of the store with the fused tensors."""
         return self.raw.fingerprint()
+
+    def place(self, name: str) -> Place | None:
+        """That of a tensor which is no piece of another."""
+        return None if name in self.pieces else self.raw.place(name)
+
+    def announce(self, name: str) -> None:
+        """A piece does not lie in one place: only whole tensors are announced."""
+        if name not in self.pieces:
+            self.raw.announce(name)
 
     def joined(self, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         """`infos` of a checkpoint to be, with the experts fused again in modules where every matrix is still plain."""

@@ -14,6 +14,7 @@ import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 
@@ -52,15 +53,20 @@ def parse_size(text: str | int) -> int:
 
 
 def plan_shards(infos: Mapping[str, TensorInfo], max_bytes: int) -> list[Shard]:
-    """Files of at most `max_bytes` of data (or one tensor), filled in natural order of names; exact sizes."""
+    """Files of at most `max_bytes` of data (or one layer), filled in natural order of names; exact sizes.
+
+    The tensors of a layer stay together, so that whoever quantizes it writes to one file.
+    """
     groups: list[list[str]] = [[]]
     filled = 0
-    for name in sorted(infos, key=natural):
-        if groups[-1] and filled + infos[name].nbytes > max_bytes:
+    for _, members in groupby(sorted(infos, key=natural), lambda name: name.rpartition(".")[0]):
+        names = list(members)
+        size = sum(infos[name].nbytes for name in names)
+        if groups[-1] and filled + size > max_bytes:
             groups.append([])
             filled = 0
-        groups[-1].append(name)
-        filled += infos[name].nbytes
+        groups[-1] += names
+        filled += size
     count = len(groups)
     names = (
         [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
@@ -151,6 +157,10 @@ class ShardWriter:
         """These are in their places already: put there by an earlier run, or by another process."""
         self._missing.difference_update(names)
 
+    def file_of(self, name: str) -> str:
+        """The file that `name` goes to."""
+        return self._shard_of[name].file
+
     def _where(self, name: str) -> tuple[int, int]:
         shard = self._shard_of[name]
         return self._files[shard.file], shard.offsets[name]
@@ -204,3 +214,19 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of `tensor` in row-major order, without a copy where possible."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+COLUMNS = 1 << 14
+_FACTORS = torch.randint(-(1 << 62), 1 << 62, (COLUMNS,), generator=torch.Generator().manual_seed(0)) | 1
+
+
+def checksum(tensor: Tensor) -> int:
+    """A 64-bit number that tells damaged bytes, at the speed of memory; not for adversaries.
+
+    The bytes as 64-bit integers in rows of `COLUMNS`: the column sums times fixed odd numbers, modulo 2^64.
+    """
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    whole = data.numel() // (8 * COLUMNS) * 8 * COLUMNS
+    tail = torch.nn.functional.pad(data[whole:], (0, whole + 8 * COLUMNS - data.numel()))
+    sums = data[:whole].view(torch.int64).view(-1, COLUMNS).sum(0) + tail.view(torch.int64)
+    return int((sums * _FACTORS).sum())

@@ -25,10 +25,12 @@ logger = logging.getLogger("auto_round")
 WEIGHT = ".weight"
 
 
-def streamed_subject(folder: Path, *, blocks: Any, trust_remote_code: bool) -> Subject | None:
+def streamed_subject(
+    folder: Path, *, blocks: Any, trust_remote_code: bool, embedding: bool = False
+) -> Subject | None:
     """The model in `folder` by its names, or None when these do not tell all and transformers knows better.
 
-    blocks: narrows the anatomy (`to_quant_block_names`). Raises ModelError when the names show no list of blocks.
+    blocks: narrows the anatomy (`to_quant_block_names`). embedding: whether that table counts as a layer. Raises ModelError when the names show no list of blocks.
     """
     if not load.has_safetensors(folder):
         return None
@@ -37,14 +39,19 @@ def streamed_subject(folder: Path, *, blocks: Any, trust_remote_code: bool) -> S
         folder, trust_remote_code=trust_remote_code
     ):
         return None
-    return stored_subject(files, blocks=blocks)
+    return stored_subject(files, blocks=blocks, embedding=embedding)
 
 
-def stored_subject(files: ModelFiles, *, blocks: Any = None) -> Subject:
+def stored_subject(files: ModelFiles, *, blocks: Any = None, embedding: bool = False) -> Subject:
     """The model of `files` by its names. Raises ModelError when they show no list of blocks."""
     experts = tuple(fused_experts(files.store.infos, files.config))
     store = split_store(files.store, experts, "", whole=True)
     body = anatomy_of_names(store.infos, files.config, experts).narrowed(blocks)
+    if embedding:
+        table = _embedding(store.infos, files.config).removesuffix(WEIGHT)
+        rows, columns = store.infos[f"{table}{WEIGHT}"].shape
+        layer = Layer(table, (rows, columns), False, None)
+        body = replace(body, layers={table: layer, **body.layers}, embedding=table)
     for reason, count in Counter(body.left.values()).items():
         logger.info("%d tensors stay as they are: %s", count, reason)
     names = {layer.tensor: layer.tensor for layer in body.layers.values()}
@@ -103,6 +110,11 @@ def anatomy_of_names(
         tied=tied,
         experts=experts,
         left=left,
+        routers=tuple(
+            name.removesuffix(WEIGHT)
+            for name in left
+            if _block(name) and name.removesuffix(WEIGHT).endswith(quirks.ROUTER_ENDINGS)
+        ),
     )
 
 

@@ -1,0 +1,179 @@
+"""The loop over a checkpoint that is only read, in parallel: each layer, or set of layers that must agree, is a piece
+of work that ends with its bytes in their places. Who does it and in which order changes no byte."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from auto_round.codecs.base import codec_of
+from auto_round.core.plan import Plan
+from auto_round.core.quantized import Quantized
+from auto_round.core.scheme import TensorSpec
+from auto_round.jobs.quantize import BlockResult, Observer, Writer, quantize
+from auto_round.jobs.workers import in_threads
+from auto_round.sources.base import Block, Needs, Source
+from auto_round.sources.tensors import TensorSource
+from auto_round.steps.base import BlockReport, Step
+
+
+class StreamWriter(Writer, Protocol):
+    """A writer that workers may call at the same time, and that knows what an earlier run has done."""
+
+    @property
+    def finished(self) -> Collection[str]:
+        """Layers that are written already."""
+
+    def to_copy(self) -> list[str]:
+        """Tensors of the source that stay as they are."""
+
+    def copy(self, name: str) -> None:
+        """Put the tensor `name` of the source in its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What one worker does at a time: layers of `block`, `fused` when they must share parameters."""
+
+    block: str
+    layers: tuple[str, ...]
+    fused: bool = False
+
+
+class One(Source):
+    """A source with nothing but `unit`."""
+
+    can_run = False
+
+    def __init__(self, source: TensorSource, unit: Unit) -> None:
+        self._source, self._unit = source, unit
+
+    def blocks(self, needs: Needs, wanted: Iterable[str], finished: Collection[str] = ()) -> Iterator[Block]:
+        """The one block."""
+        yield self._source.block(self._unit.block, self._unit.layers)
+
+
+def units(source: TensorSource, plan: Plan, finished: Collection[str] = ()) -> list[Unit]:
+    """The work of `plan` in model order, without the layers in `finished`."""
+    sharing = {spec: _must_agree(spec) for name in plan.quantized() if (spec := plan[name].weight)}
+    fused = {name: members for members in plan.fused for name in members}
+    found = []
+    for block, layers in source.members(plan.quantized()).items():
+        done: set[str] = set()
+        for name in layers:
+            spec = plan[name].weight
+            together = [name]
+            if spec is not None and sharing[spec] and name in fused:
+                together = [other for other in layers if other in fused[name]]
+            if name not in done and not all(other in finished for other in together):
+                found.append(Unit(block, tuple(together), len(together) > 1))
+            done.update(together)
+    return found
+
+
+def _must_agree(spec: TensorSpec) -> bool:
+    """Whether the layers of a fused set share parameters under `spec`."""
+    return bool(codec_of(spec).tie([torch.ones(1, 1)], spec))
+
+
+def stream(
+    source: TensorSource,
+    plan: Plan,
+    steps: Sequence[Step],
+    writers: Sequence[StreamWriter],
+    observers: Sequence[Observer] = (),
+    *,
+    workers: int,
+) -> None:
+    """Quantize every layer of `plan` and copy every other tensor, `workers` at a time."""
+    for step in steps:
+        step.prepare(source, plan)
+    finished = set.intersection(*({*writer.finished} for writer in writers)) if writers else set()
+    work: list[Unit | Callable[[], None]] = list(units(source, plan, finished))
+    progress = _Progress([unit for unit in work if isinstance(unit, Unit)], observers)
+    work += [_copying(writer, name) for writer in writers for name in writer.to_copy()]
+
+    def do(piece: Unit | Callable[[], None]) -> BlockResult | None:
+        if not isinstance(piece, Unit):
+            piece()
+            return None
+        seen = _Seen()
+        part = plan.only(piece.layers, [frozenset(piece.layers)] if piece.fused else ())
+        quantize(One(source, piece), part, steps, writers, [seen])
+        return seen.result
+
+    def announce(piece: Unit | Callable[[], None]) -> None:
+        if isinstance(piece, Unit):
+            for layer in piece.layers:
+                source.announce(layer)
+
+    for result in in_threads(do, work, workers=workers, upcoming=announce):
+        if result is not None:
+            progress.add(result)
+
+
+def _copying(writer: StreamWriter, name: str) -> Callable[[], None]:
+    return lambda: writer.copy(name)
+
+
+class _Seen:
+    """An observer of one unit."""
+
+    result: BlockResult | None = None
+
+    def started(self, plan: Plan, blocks: int) -> None:
+        """Nothing to do."""
+
+    def finished(self, result: BlockResult) -> None:
+        """Keep the result."""
+        self.result = result
+
+
+class _Progress:
+    """Tells observers of a block when the last of its units is done."""
+
+    def __init__(self, work: Sequence[Unit], observers: Sequence[Observer]) -> None:
+        self._observers = observers
+        self._missing: dict[str, int] = {}
+        for unit in work:
+            self._missing[unit.block] = self._missing.get(unit.block, 0) + 1
+        self._results: dict[str, list[BlockResult]] = {}
+
+    def add(self, result: BlockResult) -> None:
+        """A unit is done."""
+        results = self._results.setdefault(result.name, [])
+        results.append(result)
+        if len(results) < self._missing[result.name]:
+            return
+        whole = BlockResult(
+            result.name,
+            sum(part.layers for part in results),
+            BlockReport(kept=result.report.kept),
+            sum(part.seconds for part in results),
+        )
+        for observer in self._observers:
+            observer.finished(whole)
+
+
+class Locked:
+    """A writer that cannot be called by several workers at a time, for workers."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer, self._lock = writer, threading.Lock()
+        self.finished: Collection[str] = ()
+
+    def add(self, name: str, q: Quantized) -> None:
+        """One finished layer."""
+        with self._lock:
+            self._writer.add(name, q)
+
+    def to_copy(self) -> list[str]:
+        """Nothing: the writer sees to that itself."""
+        return []
+
+    def copy(self, name: str) -> None:
+        """Never called."""

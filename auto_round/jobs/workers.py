@@ -1,0 +1,71 @@
+"""Many pieces of work at once, a bounded number under way: threads, for torch releases the interpreter lock."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_threads(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    workers: int,
+    upcoming: Callable[[Item], None] | None = None,
+) -> Iterator[Result]:
+    """The results of `function` as they come, `workers` at a time; `items` are taken as workers become free.
+
+    upcoming: called with each item when it is next but for those that fill the workers. The first error stops the
+    taking of items, waits for what is under way, and is raised.
+    """
+    waiting = iter(items)
+    queue: deque[Item] = deque()
+    running: set[Future[Result]] = set()
+
+    def fill() -> None:
+        while len(queue) < 2 * workers:
+            item = next(waiting, None)
+            if item is None:
+                return
+            if upcoming is not None:
+                upcoming(item)
+            queue.append(item)
+
+    with _one_thread_each(), ThreadPoolExecutor(workers, "auto-round", initializer=_alone) as pool:
+        fill()
+        while queue or running:
+            while queue and len(running) < workers:
+                running.add(pool.submit(function, queue.popleft()))
+            fill()
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+
+
+def _alone() -> None:
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Inside, an operation uses the thread that calls it and no others: the workers fill the cores already."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,231 @@
+"""Streaming: the bytes of the in-memory run with any number of workers, resumption, and faults that name the file."""
+
+import json
+import shutil
+from functools import cache
+
+import pytest
+import torch
+from models import loaded, logits, tiny
+from safetensors.torch import load_file, save_file
+
+from auto_round import AutoRound
+from auto_round.core.errors import ModelError, OutputError, PlanError
+from auto_round.jobs import export
+from auto_round.jobs.workers import in_threads
+from auto_round.models.shards import ShardWriter
+
+SMALL = {"group_size": 32, "iters": 0, "disable_opt_rtn": True}
+MODELS = ("llama", "qwen3-moe", "gpt2", "gpt-oss")
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory):
+    """Name -> folder of a tiny model, made once."""
+
+    @cache
+    def make(name):
+        folder = tmp_path_factory.mktemp(name)
+        tiny(name, folder, dtype=torch.bfloat16)
+        return folder
+
+    return make
+
+
+def run(model, out, **options):
+    """Quantize `model` into `out`; name -> bytes of every file."""
+    AutoRound(model, **{**SMALL, **options}).quantize_and_save(out)
+    return files_of(out)
+
+
+def files_of(folder):
+    """Name -> bytes of every file."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def tensors_of(folder):
+    """All tensors of a checkpoint."""
+    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sym": False}, {"disable_opt_rtn": False, "model_free": True}], ids=str
+)
+@pytest.mark.parametrize("name", ["gpt2", "qwen3-moe"])
+def test_the_number_of_workers_changes_no_byte(name, options, folder_of, tmp_path):
+    one = run(folder_of(name), tmp_path / "1", workers=1, max_shard_size="60KB", **options)
+    for workers in (2, 4):
+        assert (
+            run(folder_of(name), tmp_path / str(workers), workers=workers, max_shard_size="60KB", **options)
+            == one
+        )
+    assert len([file for file in one if file.endswith(".safetensors")]) > 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_streamed_bytes_are_those_of_the_live_model(name, folder_of, tmp_path):
+    streamed = run(folder_of(name), tmp_path / "a", quant_lm_head=True)
+    live = run(folder_of(name), tmp_path / "b", quant_lm_head=True, disable_model_free=True)
+    assert {file for file in live if file != "config.json"} == {
+        file for file in streamed if file != "config.json"
+    }
+    for file in streamed:
+        if file.endswith(".json"):
+            assert json.loads(streamed[file]) == json.loads(live[file]), file
+        else:
+            assert streamed[file] == live[file], file
+
+
+def test_nvfp4_experts_share_their_global_scale_when_streamed(folder_of, tmp_path):
+    options = {"scheme": "NVFP4", "group_size": None, "act_bits": 16, "format": "fake"}
+    one = run(folder_of("qwen3-moe"), tmp_path / "1", workers=1, **options)
+    assert run(folder_of("qwen3-moe"), tmp_path / "4", workers=4, **options) == one
+
+
+class Stop(Exception):
+    """What a test interrupts a run with."""
+
+
+def stop_after(monkeypatch, count):
+    """Make the writing of checkpoints fail after `count` layers."""
+    add, seen = export.CheckpointWriter.add, []
+
+    def counting(self, name, q):
+        if len(seen) >= count:
+            raise Stop
+        add(self, name, q)
+        seen.append(name)
+
+    monkeypatch.setattr(export.CheckpointWriter, "add", counting)
+    return seen
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(workers, folder_of, tmp_path, monkeypatch):
+    expected = run(folder_of("qwen3-moe"), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        first = stop_after(patch, 9)
+        with pytest.raises(Stop):
+            run(folder_of("qwen3-moe"), tmp_path / "out", workers=workers)
+    assert not (tmp_path / "out" / "config.json").exists()
+    ledger = next((tmp_path / "out").glob(".*/ledger.jsonl"))
+    with ledger.open("a") as file:
+        file.write('{"layer": "cut off by the cra')
+    with monkeypatch.context() as patch:
+        second = stop_after(patch, 1000)
+        assert run(folder_of("qwen3-moe"), tmp_path / "out", workers=workers, resume=True) == expected
+    assert len(first) == 9 and not set(first) & set(second)
+
+
+def test_bytes_that_did_not_reach_the_disk_are_made_again(folder_of, tmp_path, monkeypatch):
+    expected = run(folder_of("llama"), tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        first = stop_after(patch, 5)
+        run(folder_of("llama"), tmp_path / "out", workers=1)
+    shard = next((tmp_path / "out").glob(".*/*.safetensors"))
+    header = load_header(shard)
+    begin, _ = header[f"{first[0]}.qweight"]["data_offsets"]
+    with shard.open("r+b") as file:
+        file.seek(8 + int.from_bytes(shard.read_bytes()[:8], "little") + begin)
+        file.write(b"\0" * 16)
+    with monkeypatch.context() as patch:
+        second = stop_after(patch, 1000)
+        assert run(folder_of("llama"), tmp_path / "out", resume=True) == expected
+    assert first[0] in second and not set(first[1:]) & set(second)
+
+
+def load_header(path):
+    """The header of a safetensors file."""
+    data = path.read_bytes()
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+
+
+def test_going_on_with_other_settings_is_refused_and_starting_again_is_not(folder_of, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(patch, 5)
+        run(folder_of("llama"), tmp_path / "out")
+    with pytest.raises(PlanError, match=r"made by another run.*bits"):
+        run(folder_of("llama"), tmp_path / "out", bits=8, resume=True)
+    assert run(folder_of("llama"), tmp_path / "out", bits=8) == run(
+        folder_of("llama"), tmp_path / "b", bits=8
+    )
+
+
+def test_a_disk_that_fills_up_is_named_and_the_run_can_go_on(folder_of, tmp_path, monkeypatch):
+    expected = run(folder_of("llama"), tmp_path / "whole")
+    put, count = ShardWriter.put, iter(range(1000))
+
+    def full(self, name, tensor):
+        if next(count) > 12:
+            raise OSError(28, "No space left on device")
+        put(self, name, tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "put", full)
+        with pytest.raises(OutputError, match=r"out.*No space left"):
+            run(folder_of("llama"), tmp_path / "out")
+    assert run(folder_of("llama"), tmp_path / "out", resume=True) == expected
+
+
+def test_a_corrupt_source_shard_is_named_before_anything_is_written(folder_of, tmp_path):
+    source = shutil.copytree(folder_of("llama"), tmp_path / "source")
+    with (source / "model.safetensors").open("r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(ModelError, match=r"model\.safetensors: truncated or damaged"):
+        run(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_architecture_that_nobody_knows_is_quantized_and_nothing_is_dropped(tmp_path):
+    make = torch.Generator().manual_seed(0)
+    tensors = {
+        "trunk.embed.weight": torch.randn(96, 64, generator=make),
+        "trunk.cells.0.mixer.query.weight": torch.randn(64, 64, generator=make),
+        "trunk.cells.0.mixer.A_log": torch.randn(64, 16, generator=make),
+        "trunk.cells.0.moe.router.weight": torch.randn(32, 64, generator=make),
+        "trunk.cells.0.moe.experts.gate_up_proj": torch.randn(2, 64, 64, generator=make),
+        "trunk.cells.0.moe.experts.down_proj": torch.randn(2, 64, 32, generator=make),
+        "lm_head.weight": torch.randn(96, 64, generator=make),
+    }
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file(tensors, source / "model.safetensors")
+    config = {"model_type": "nobody", "hidden_size": 64, "num_hidden_layers": 1, "tie_word_embeddings": False}
+    (source / "config.json").write_text(json.dumps(config))
+    run(source, tmp_path / "out", model_free=True)
+    written = tensors_of(tmp_path / "out")
+    kept = [
+        "trunk.embed.weight",
+        "trunk.cells.0.mixer.A_log",
+        "trunk.cells.0.moe.router.weight",
+        "lm_head.weight",
+    ]
+    assert all(torch.equal(written[name], tensors[name]) for name in kept)
+    layers = {name.removesuffix(".qweight") for name in written if name.endswith(".qweight")}
+    experts = [
+        f"trunk.cells.0.moe.experts.{i}.{part}_proj" for i in (0, 1) for part in ("gate", "up", "down")
+    ]
+    assert layers == {"trunk.cells.0.mixer.query", *experts}
+    assert len(written) == len(kept) + 3 * len(layers)
+
+
+def test_a_streamed_mixture_of_experts_loads_in_stock_transformers(folder_of, tmp_path):
+    run(folder_of("qwen3-moe"), tmp_path / "int", bits=8)
+    run(folder_of("qwen3-moe"), tmp_path / "fake", bits=8, format="fake")
+    torch.testing.assert_close(
+        logits(loaded(tmp_path / "int")), logits(loaded(tmp_path / "fake")), atol=0.05, rtol=0
+    )
+
+
+def test_the_first_error_of_a_worker_is_raised_and_no_more_work_is_taken():
+    taken = []
+
+    def work(item):
+        taken.append(item)
+        if item == 3:
+            raise Stop
+        return item
+
+    with pytest.raises(Stop):
+        list(in_threads(work, range(1000), workers=2))
+    assert len(taken) < 10

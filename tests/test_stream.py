@@ -114,7 +114,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(workers, folder_of,
     with monkeypatch.context() as patch:
         second = stop_after(patch, 1000)
         assert run(folder_of("qwen3-moe"), tmp_path / "out", workers=workers, resume=True) == expected
-    assert len(first) == 9 and not set(first) & set(second)
+    assert 9 <= len(first) < 9 + workers and not set(first) & set(second)
 
 
 def test_bytes_that_did_not_reach_the_disk_are_made_again(folder_of, tmp_path, monkeypatch):

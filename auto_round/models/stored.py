@@ -30,7 +30,8 @@ def streamed_subject(
 ) -> Subject | None:
     """The model in `folder` by its names, or None when these do not tell all and transformers knows better.
 
-    blocks: narrows the anatomy (`to_quant_block_names`). embedding: whether that table counts as a layer. Raises ModelError when the names show no list of blocks.
+    blocks: narrows the anatomy (`to_quant_block_names`). embedding: whether that table counts as a layer.
+    Raises ModelError when the names show no list of blocks.
     """
     if not load.has_safetensors(folder):
         return None

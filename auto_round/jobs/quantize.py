@@ -6,7 +6,7 @@ RTN is the empty list of steps; optimised RTN and SignRound are other lists; str
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -80,34 +80,46 @@ def quantize(
     wanted = dict.fromkeys(name for each in passes for name in each.plan.quantized())
     for block in source.blocks(needs, wanted):
         started = time.perf_counter()
-        made = [quantize_block(block, each, wants_fakes=source.can_run) for each in passes]
+        made = [quantize_block(block, each) for each in passes]
         replaced, report = made[0]
         source.done(block, replaced)
-        layers = sum(name in wanted for name in block.weights)
-        result = BlockResult(block.name, layers, report, time.perf_counter() - started)
+        result = BlockResult(block.name, len(replaced), report, time.perf_counter() - started)
         for observer in observers:
             observer.finished(result)
 
 
-def quantize_block(
-    block: Block, job: Pass, *, wants_fakes: bool = True
-) -> tuple[dict[str, torch.Tensor], BlockReport]:
-    """(layer -> what its weight becomes, if wanted; what the steps found out) for one block."""
+class Fakes(Mapping[str, torch.Tensor]):
+    """Layer -> what its weight becomes, (O, I) float32; made when it is looked at, for a stream never does."""
+
+    def __init__(self, made: Mapping[str, Quantized]) -> None:
+        self._made = made
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return codec_of(self._made[name].spec).dequantize(self._made[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
+def quantize_block(block: Block, job: Pass) -> tuple[Fakes, BlockReport]:
+    """(what the weights become, what the steps found out) for one block."""
     report, specs = BlockReport(kept="plain"), specs_of(block, job.plan)
     check_finite(block, specs)
     block.tied = tied(block, specs, job.plan)
     knobs: dict[str, Knobs] = dict(block.tied)
     for step in job.steps:
         knobs = step.block(block, job.plan, knobs, report)
-    replaced = {}
+    made = {}
     for name, spec in specs.items():
         q = encode(name, block.weights[name], spec, knobs.get(name, NEUTRAL))
         q = replace(q, inputs=block.inputs.get(name, NEUTRAL))
-        if wants_fakes:
-            replaced[name] = codec_of(spec).dequantize(q)
+        made[name] = q
         for writer in job.writers:
             writer.add(name, q)
-    return replaced, report
+    return Fakes(made), report
 
 
 def tied(block: Block, specs: dict[str, TensorSpec], plan: Plan) -> dict[str, Knobs]:

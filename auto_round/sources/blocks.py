@@ -325,6 +325,7 @@ class LiveSource(Source):
 
     def done(self, block: Block, replaced: Mapping[str, Tensor]) -> None:
         """Propagate both chains and put the weights into the model."""
+        replaced = dict(replaced)  # made once, looked at many times
         if isinstance(block, LiveBlock):
             if self._needs is not Needs.NOTHING:
                 wanted = self._needs is Needs.FORWARD and self.execution.quantized_inputs

@@ -19,6 +19,9 @@ PROJECTIONS = {"mixtral": ("w1", "w3", "w2")}
 PLACES = {"mixtral": "block_sparse_moe.experts", "llama4": "feed_forward.experts"}
 FIRST_MOE_BLOCK = {"deepseek-v2": 1, "deepseek-v3": 1}
 
+BRIEFLY = ("deepseek-v3", "gpt-oss", "llama4")
+"""One of each way to call experts; the others are tuned in slow tests."""
+
 each_moe = pytest.mark.parametrize("name", MOES)
 
 
@@ -138,3 +141,113 @@ def test_tuning_is_the_same_for_a_folder_and_a_live_model(tmp_path):
     AutoRound(tmp_path / "model", **options).quantize_and_save(tmp_path / "a")
     AutoRound(model, **options).quantize_and_save(tmp_path / "b")
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+
+# ------------------------------------------------------------------------------------------------- tuning, starvation
+
+
+class Watch:
+    """An observer that keeps what it is told about each block."""
+
+    def __init__(self):
+        self.results = []
+
+    def started(self, plan, blocks):
+        pass
+
+    def finished(self, result):
+        self.results.append(result)
+
+
+LONGER = [name if name in BRIEFLY else pytest.param(name, marks=pytest.mark.slow) for name in MOES]
+
+
+@pytest.mark.parametrize("name", LONGER)
+def test_tuned_logits_are_closer_to_the_original_than_rounded_ones(name):
+    model, watch = tiny(name), Watch()
+    rounded_model, _ = AutoRound(copy.deepcopy(model), bits=2, **RTN).quantize()
+    options = {**SMALL, "iters": 15, "nsamples": 32, "dataset": samples(32)}
+    job = AutoRound(copy.deepcopy(model), bits=2, **options)
+    job.observers.append(watch)
+    tuned_model, _ = job.quantize()
+    errors = [(logits(other) - logits(model)).square().mean() for other in (tuned_model, rounded_model)]
+    assert errors[0] < 0.95 * errors[1]
+    chosen = 1 if name == "llama4" else 2
+    counted = [sum(result.tokens.values()) for result in watch.results]
+    assert counted == [0] * FIRST_MOE_BLOCK.get(name, 0) + [32 * 32 * chosen] * (
+        2 - FIRST_MOE_BLOCK.get(name, 0)
+    )
+
+
+def hidden_states(model, ids):
+    """What the experts of the last block get, (T, H)."""
+    seen = []
+    handle = model.model.layers[1].mlp.experts.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
+    logits(model, ids)
+    handle.remove()
+    return seen[0]
+
+
+def starving(name):
+    """A model whose routers never choose expert 3."""
+    model = tiny(name)
+    for block in model.model.layers:
+        if name == "gpt-oss":
+            block.mlp.router.bias.data[3] = -100.0
+        elif hasattr(block.mlp, "experts"):
+            block.mlp.gate.e_score_correction_bias[3] = -100.0
+    return model
+
+
+@pytest.mark.parametrize(("name", "iters"), [("gpt-oss", 3), ("deepseek-v3", 0)])
+def test_a_starved_expert_is_named_and_no_worse_than_rounded(name, iters, caplog):
+    model, watch = starving(name), Watch()
+    data = samples(8)
+    x = hidden_states(model, torch.stack(data))
+    fused = model.model.layers[1].mlp.experts
+    before = {
+        layer.name: layer.matrix(getattr(fused, layer.parameter.rpartition(".")[2]).clone())
+        for layer in thirds(model)
+    }
+    plain, _ = AutoRound(copy.deepcopy(model), **RTN).quantize()
+    job = AutoRound(model, **{**SMALL, "iters": iters, "nsamples": 8, "dataset": data})
+    job.observers.append(watch)
+    job.quantize()
+    assert watch.results[1].tokens["model.layers.1.mlp.experts.3"] == 0
+    assert set(before) <= set(watch.results[1].starved)
+    assert "model.layers.1.mlp.experts.3 (0 tokens)" in caplog.text
+    inner = inner_states(fused, x, before)
+    for layer in thirds(model):
+        inputs = inner if layer.name.endswith("down_proj") else x
+        errors = [
+            (
+                (
+                    layer.matrix(getattr(m.model.layers[1].mlp.experts, layer.parameter.rpartition(".")[2]))
+                    - before[layer.name]
+                )
+                @ inputs.T
+            ).norm()
+            for m in (model, plain)
+        ]
+        assert errors[0].isfinite() and errors[0] <= errors[1] * (1 + 1e-5), layer.name
+
+
+def thirds(model):
+    """The layers of expert 3 of the last block."""
+    return [
+        layer
+        for name, layer in anatomy(model).layers.items()
+        if name.startswith("model.layers.1.mlp.experts.3.")
+    ]
+
+
+def inner_states(fused, x, weights):
+    """What the down projection of expert 3 gets when every token of `x` is sent to it."""
+    gate, up = (x @ weights[f"model.layers.1.mlp.experts.3.{name}"].T for name in ("gate_proj", "up_proj"))
+    if hasattr(fused, "limit"):  # GPT-OSS
+        gate, up = gate + fused.gate_up_proj_bias[3, ::2], up + fused.gate_up_proj_bias[3, 1::2]
+        gate, up = gate.clamp(max=fused.limit), up.clamp(-fused.limit, fused.limit)
+        return (up + 1) * gate * torch.sigmoid(gate * fused.alpha)
+    return torch.nn.functional.silu(gate) * up

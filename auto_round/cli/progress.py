@@ -80,7 +80,8 @@ class Show(AbstractContextManager["Show"]):
         losses = result.report.losses
         described = "  ".join(f"{name} {loss:.3e}" for name, loss in losses.items())
         self.console.print(
-            f"{result.name}: {result.layers} layers  {described}  kept {result.report.kept}  {result.seconds:.1f}s",
+            f"{result.name}: {result.layers} layers  {described}  kept {result.report.kept}  {result.seconds:.1f}s"
+            f"{_experts(result)}",
             markup=False,
         )
         self._progress.advance(self._task)
@@ -105,3 +106,12 @@ class Show(AbstractContextManager["Show"]):
                 f"{peak_memory() / 1e9:.2f} GB",
             )
         return table
+
+
+def _experts(result: BlockResult) -> str:
+    """How the calibration tokens are spread over the experts of a block."""
+    counts = sorted(result.tokens.values())
+    if not counts:
+        return ""
+    starved = len({name.rpartition(".")[0] for name in result.starved})
+    return f"  tokens per expert {counts[0]} to {counts[-1]}, {starved} of {len(counts)} starved"

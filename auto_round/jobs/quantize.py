@@ -6,8 +6,8 @@ RTN is the empty list of steps; optimised RTN and SignRound are other lists; str
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -32,12 +32,14 @@ class Writer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BlockResult:
-    """What an observer learns about a finished block."""
+    """What an observer learns about a finished block. tokens, starved: of its experts, see `Block`."""
 
     name: str
     layers: int
     report: BlockReport
     seconds: float
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    starved: Collection[str] = ()
 
 
 class Observer(Protocol):
@@ -83,7 +85,10 @@ def quantize(
         made = [quantize_block(block, each) for each in passes]
         replaced, report = made[0]
         source.done(block, replaced)
-        result = BlockResult(block.name, len(replaced), report, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        result = BlockResult(
+            block.name, len(replaced), report, seconds, dict(block.tokens), sorted(block.starved)
+        )
         for observer in observers:
             observer.finished(result)
 

@@ -35,6 +35,11 @@ class Block(ABC):
     inputs: Mapping[str, Knobs] = MappingProxyType({})
     """Layer -> calibrated range of its inputs, as it is stored with the layer."""
 
+    tokens: Mapping[str, int] = MappingProxyType({})
+    """Expert ("model.layers.0.mlp.experts.3") -> calibration tokens that its router sent to it."""
+    starved: Collection[str] = ()
+    """Layers of experts with too few of them: known by the inputs of all tokens, and not tuned on their own."""
+
     def importance(self, layer: str) -> Tensor | None:
         """Second moment of each input channel of `layer`, (I,) float32, or None when nothing was gathered."""
         return None

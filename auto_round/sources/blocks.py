@@ -7,7 +7,9 @@ are quantized, and what it is tuned on. Blocks run in float32 (matrix products i
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 
 import torch
@@ -20,11 +22,15 @@ from auto_round.core.quantized import Knobs
 from auto_round.core.scheme import TensorSpec
 from auto_round.models.anatomy import Anatomy, Layer, parameters_for
 from auto_round.models.capture import Call, Calls, Pass, Recorder, input_after_blocks, varies
+from auto_round.models.experts import Experts
 from auto_round.models.shards import raw_bytes
 from auto_round.sources.activations import InputGrid, Limits, quantized_inputs
 from auto_round.sources.base import Block, Needs, Source
 from auto_round.sources.dataset import Calibration
+from auto_round.sources.expert_inputs import STARVED, ExpertInputs
 
+logger = logging.getLogger("auto_round")
+NAMED_MOST = 20  # starved experts in one message; the report has them all
 GRAM_MOST = 8192  # a Gram matrix of that many channels takes 256 MB
 
 
@@ -60,9 +66,15 @@ class LiveBlock(Block):
     """A block that is a module of a live model."""
 
     def __init__(
-        self, name: str, module: nn.Module, layers: Mapping[str, Layer], execution: Execution
+        self,
+        name: str,
+        module: nn.Module,
+        layers: Mapping[str, Layer],
+        execution: Execution,
+        experts: Iterable[Experts] = (),
     ) -> None:
         self.name, self.module, self._layers, self._execution = name, module, layers, execution
+        self._experts = tuple(experts)
         self._dtypes = {key: tensor.dtype for key, tensor in module.state_dict().items()}
         self._home = next(module.parameters()).device
         module.to(execution.device)
@@ -83,12 +95,41 @@ class LiveBlock(Block):
         """Run the original block over all samples: its targets, and the second moments of its layers' inputs."""
         plain = [name for name, layer in self._layers.items() if layer.piece is None]
         hooks = [self._gather(name) for name in plain] if statistics else []
+        experts = self._watched() if statistics else []
         self._targets = torch.empty_like(self._chain.plain)
-        for rows in self.batches():
-            self._rows = rows
-            self._targets[rows] = self._forward(self._chain.plain, rows, None).cpu()
+        with ExitStack() as stack:
+            for watched in experts:
+                stack.enter_context(watched.watching())
+            for rows in self.batches():
+                self._rows = rows
+                self._targets[rows] = self._forward(self._chain.plain, rows, None).cpu()
         for hook in hooks:
             hook.remove()
+        if experts:
+            self._observe_experts(experts)
+
+    def _watched(self) -> list[ExpertInputs]:
+        modules = [self.module.get_submodule(self._inside(experts.path)) for experts in self._experts]
+        return [
+            ExpertInputs(module, experts, lambda: self.valid(self._rows))
+            for module, experts in zip(modules, self._experts, strict=True)
+        ]
+
+    def _observe_experts(self, experts: list[ExpertInputs]) -> None:
+        """Take over what was seen of each expert; starved ones get every token in another pass."""
+        self.tokens = {
+            f"{w.experts.saved}.{expert}": count for w in experts for expert, count in enumerate(w.tokens)
+        }
+        self.starved = frozenset(name for watched in experts for name in watched.starved_layers())
+        if self.starved:
+            with ExitStack() as stack:
+                for watched in experts:
+                    stack.enter_context(watched.watching(starved_only=True))
+                for rows in self.batches():
+                    self._rows = rows
+                    self._forward(self._chain.plain, rows, None)
+        for watched in experts:
+            self._importance.update(watched.importance())
 
     def _gather(self, layer: str) -> torch.utils.hooks.RemovableHandle:
         columns = self._layers[layer].shape[1]
@@ -144,7 +185,10 @@ class LiveBlock(Block):
     def _forward(self, hidden: Tensor, rows: Sequence[int], weights: Mapping[str, Tensor] | None) -> Tensor:
         device = self._execution.device
         call = self._calls.batch(rows, device)
-        replaced = parameters_for(self._layers, weights or {}, self._parameter)
+        # The few tokens of a starved expert would speak for all that it may ever get: no gradient comes from them.
+        still = self.starved if len(self.starved) < len(weights or {}) else ()
+        weights = {name: w.detach() if name in still else w for name, w in (weights or {}).items()}
+        replaced = parameters_for(self._layers, weights, self._parameter)
         parameters = {self._inside(name): value for name, value in replaced.items()}
 
         def module(*args: object, **kwargs: object) -> object:
@@ -278,6 +322,7 @@ class LiveSource(Source):
         self.model, self.anatomy, self.execution, self.data = model, anatomy, execution, data
         self._needs = Needs.NOTHING
         self._last_block = ""
+        self._starved: dict[str, int] = {}
 
     def blocks(self, needs: Needs, wanted: Iterable[str], finished: Collection[str] = ()) -> Iterator[Block]:
         """In model order; inputs of a block list are captured when it is reached."""
@@ -296,6 +341,7 @@ class LiveSource(Source):
             for index, (name, module) in enumerate(zip(blocks, modules, strict=True)):
                 gather = name not in finished
                 yield self._block(name, module, chain, calls[index] if calls else None, gather)
+        self._tell_starved()
         for layer in outside:
             reader = self._reader(layer)
             inputs = (
@@ -338,12 +384,24 @@ class LiveSource(Source):
         self, name: str, module: nn.Module, chain: Chain | None, calls: Calls | None, gather: bool
     ) -> LiveBlock:
         layers = {n: layer for n, layer in self.anatomy.layers.items() if layer.block == name}
-        block = LiveBlock(name, module, layers, self.execution)
+        experts = [found for found in self.anatomy.experts if found.path.startswith(f"{name}.")]
+        block = LiveBlock(name, module, layers, self.execution, experts)
         if chain is not None and calls is not None:
             block.attach(chain, calls, None if self.data is None else self.data.valid)
             with torch.no_grad():
                 block.observe(statistics=gather)
+            self._starved.update({name: count for name, count in block.tokens.items() if count < STARVED})
         return block
+
+    def _tell_starved(self) -> None:
+        if self._starved:
+            named = [f"{name} ({count} tokens)" for name, count in self._starved.items()]
+            more = f" and {len(named) - NAMED_MOST} more" if len(named) > NAMED_MOST else ""
+            logger.warning(
+                "%d experts got fewer than %d calibration tokens: %s%s. They are calibrated on all tokens of their "
+                "block and not tuned; more or more varied samples reach them",
+                len(named), STARVED, ", ".join(named[:NAMED_MOST]), more,
+            )  # fmt: skip
 
     def _capture(self, recorder: Recorder) -> tuple[Chain, list[Calls]]:
         assert self.data is not None, "capture needs data"

@@ -1,0 +1,126 @@
+"""What each expert of a block gets to see: its tokens, and the second moments of its layers' inputs.
+
+A router sends few tokens to some experts. Their own inputs then say little, so a *starved* expert gets the statistics
+of all tokens of the block, as if every one had been sent to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from auto_round.models.capture import replaced_forwards
+from auto_round.models.expert_modules import activated
+from auto_round.models.experts import Experts
+
+STARVED = 64
+"""An expert with fewer tokens is starved: a Gram matrix of fewer inputs is mostly chance."""
+GRAM_BYTES = 2**30
+"""Gram matrices of all experts of a block take no more than that; the next best statistic is used where they would."""
+
+
+class ExpertInputs:
+    """The statistics of one module of fused experts. Use `watching` while its block runs."""
+
+    def __init__(self, module: nn.Module, experts: Experts, valid: Callable[[], Tensor | None]) -> None:
+        """valid: which tokens of the present batch count, (B, T) bool, or None for all."""
+        self.module, self.experts, self._valid = module, experts, valid
+        self.tokens = [0] * experts.count
+        self._sums: dict[tuple[str, int], Tensor] = {}
+
+    @property
+    def starved(self) -> dict[int, int]:
+        """Expert -> its tokens, for those with fewer than `STARVED`."""
+        return {expert: count for expert, count in enumerate(self.tokens) if count < STARVED}
+
+    def starved_layers(self) -> set[str]:
+        """The layers of the starved experts."""
+        starved = self.starved
+        return {name for name, piece in self.experts.pieces() if piece.expert in starved}
+
+    @contextmanager
+    def watching(self, *, starved_only: bool = False) -> Iterator[None]:
+        """Gather while the module runs; `starved_only` sends every token to the starved experts instead."""
+        starved = list(self.starved) if starved_only else []
+        for expert in starved:
+            self._sums.pop(("in", expert), None)
+            self._sums.pop(("out", expert), None)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, *routing = (*args, *kwargs.values())
+            with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+                if starved_only:
+                    self._add_all(hidden, routing, starved)
+                else:
+                    self._add_routed(hidden, routing)
+            return type(self.module).forward(self.module, *args, **kwargs)
+
+        with replaced_forwards([self.module], [forward]):
+            yield
+
+    def _add_routed(self, hidden: Tensor, routing: list[Tensor]) -> None:
+        for expert, tokens in enumerate(self._tokens_of(hidden, routing)):
+            self.tokens[expert] += len(tokens)
+            if len(tokens):
+                self._add(expert, tokens.float())
+
+    def _add_all(self, hidden: Tensor, routing: list[Tensor], starved: list[int]) -> None:
+        every = self._counting(hidden) if routing else torch.cat(list(self._tokens_of(hidden, routing)))
+        for expert in starved:
+            self._add(expert, every.float())
+
+    def _tokens_of(self, hidden: Tensor, routing: list[Tensor]) -> Iterator[Tensor]:
+        """What each expert gets, (N, H); see `SeparateExperts.forward` for the two ways to call experts."""
+        if routing:
+            counting = self._mask(len(hidden), hidden.device)
+            for expert in range(self.experts.count):
+                yield hidden[(routing[0] == expert).any(-1) & counting]
+            return
+        for own in hidden.chunk(self.experts.count):
+            yield own[(own != 0).any(-1) & self._mask(len(own), own.device)]
+
+    def _mask(self, count: int, device: torch.device) -> Tensor:
+        valid = self._valid()
+        if valid is None or valid.numel() != count:
+            return torch.ones(count, dtype=torch.bool, device=device)
+        return valid.reshape(-1).to(device)
+
+    def _counting(self, hidden: Tensor) -> Tensor:
+        return hidden[self._mask(len(hidden), hidden.device)]
+
+    def _add(self, expert: int, tokens: Tensor) -> None:
+        """Add `tokens` (N, H) and what becomes of them before the down projection to the sums of `expert`."""
+        first = self.experts.tensors[0]
+        before = tokens @ self._weight(first, expert)
+        if self.experts.biased:
+            before = before + self.module.get_parameter(f"{first}_bias")[expert].float()
+        inner = activated(self.module, before, gated=self.experts.gated)
+        self._accumulate(("in", expert), tokens)
+        self._accumulate(("out", expert), inner)
+
+    def _weight(self, tensor: str, expert: int) -> Tensor:
+        own = self.module.get_parameter(tensor)[expert].detach().float()
+        return own if self.experts.transposed else own.t()
+
+    def _accumulate(self, key: tuple[str, int], x: Tensor) -> None:
+        width = x.shape[1]
+        whole = self.experts.count * width * width * x.element_size() <= GRAM_BYTES
+        if key not in self._sums:
+            self._sums[key] = x.new_zeros((width, width) if whole else (width,))
+        total = self._sums[key]
+        if whole:
+            total.addmm_(x.t(), x)
+        else:
+            total.add_(x.square().sum(0))
+
+    def importance(self) -> dict[str, Tensor]:
+        """Layer -> second moments of its inputs, (I, I) or (I,)."""
+        down = f".{self.experts.tensors[1]}"
+        return {
+            name: self._sums["out" if piece.tensor.endswith(down) else "in", piece.expert]
+            for name, piece in self.experts.pieces()
+        }

@@ -130,7 +130,11 @@ def tiny(
     """The model `name` of `KINDS` or `MOES`, random; with `folder` it is saved there too, with a tokenizer."""
     prefix, settings = {**KINDS, **MOES}[name]
     config = getattr(transformers, CONFIGS.get(prefix, f"{prefix}Config"))(**{**settings, **changes})
-    model = getattr(transformers, CLASSES.get(prefix, f"{prefix}ForCausalLM"))(config).to(dtype).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(
+            seed
+        )  # what is added to below, the sinks of GPT-OSS for one, may be random from the start
+        model = getattr(transformers, CLASSES.get(prefix, f"{prefix}ForCausalLM"))(config).to(dtype).eval()
     randomize(model, seed)
     if folder is not None:
         model.save_pretrained(folder)

@@ -10,8 +10,11 @@ from models import MOES, loaded, logits, samples, tiny
 from safetensors.torch import load_file
 
 from auto_round import AutoRound
+from auto_round.codecs.base import fake_inputs, preset
 from auto_round.models.anatomy import anatomy
 from auto_round.models.subject import open_subject
+from auto_round.sources.activations import InputGrid
+from auto_round.sources.expert_inputs import quantized_expert_inputs
 
 SMALL = {"group_size": 32, "seqlen": 32, "batch_size": 4}
 RTN = {**SMALL, "iters": 0, "disable_opt_rtn": True}
@@ -232,6 +235,26 @@ def test_a_starved_expert_is_named_and_no_worse_than_rounded(name, iters, caplog
             for m in (model, plain)
         ]
         assert errors[0].isfinite() and errors[0] <= errors[1] * (1 + 1e-5), layer.name
+
+
+@torch.no_grad()
+def test_quantized_inputs_of_experts_are_those_of_each_layer():
+    model = tiny("gpt-oss")
+    fused, layers = model.model.layers[1].mlp.experts, thirds(model)
+    act = preset("MXFP4").act
+    grids = {layer.name: InputGrid(act, {}) for layer in layers}
+    (experts,) = [found for found in anatomy(model).experts if found.path == "model.layers.1.mlp.experts"]
+    x = torch.randn(5, 64)
+    routing = torch.tensor([[3]] * 5), torch.full((5, 1), 0.5)
+    with quantized_expert_inputs(fused, experts, grids):
+        found = fused(x, *routing)
+    weights = {
+        layer.name: layer.matrix(getattr(fused, layer.parameter.rpartition(".")[2])) for layer in layers
+    }
+    inner = fake_inputs(inner_states(fused, fake_inputs(x, act, {}), weights), act, {})
+    expected = inner @ weights["model.layers.1.mlp.experts.3.down_proj"].T + fused.down_proj_bias[3]
+    torch.testing.assert_close(found, 0.5 * expected)
+    assert not torch.allclose(found, fused(x, *routing), atol=1e-3)
 
 
 def thirds(model):

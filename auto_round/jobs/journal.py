@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -157,7 +157,8 @@ class Journal(AbstractContextManager["Journal"]):
                 params = {key: value for key, value in tensors.items() if not key.startswith(INPUT)}
                 layers[name] = Quantized(spec, self.plan.shapes[name], codes, params, inputs)
         report = BlockReport(**about["report"])
-        return layers, BlockResult(about["name"], about["layers"], report, about["seconds"])
+        told = {field.name: about[field.name] for field in fields(BlockResult)}
+        return layers, BlockResult(**{**told, "report": report})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -6,7 +6,7 @@ name, so that each can be replaced by a kernel like any other layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,37 @@ def activated(module: Any, before: Tensor, *, gated: bool) -> Tensor:
     return up * module.act_fn(gate)
 
 
+Linear = Callable[[str, Tensor], Tensor]
+"""Layer name and inputs (N, I) -> outputs (N, O)."""
+
+
+def expert_output(fused: nn.Module, experts: Experts, expert: int, tokens: Tensor, linear: Linear) -> Tensor:
+    """What one expert makes of `tokens` (N, H) when its layers are computed by `linear`; (N, H)."""
+    *before, down = (f"{experts.saved}.{expert}.{name}" for name in experts.names)
+    parts = [linear(name, tokens) for name in before]
+    joined = torch.stack(parts, -1).flatten(-2) if experts.interleaved else torch.cat(parts, -1)
+    return linear(down, activated(fused, joined, gated=experts.gated))
+
+
+def routed(
+    experts: Experts, run: Callable[[int, Tensor], Tensor], hidden: Tensor, *routing: Tensor
+) -> Tensor:
+    """Weighted sum over the chosen experts, (T, H). run: expert and its tokens (N, H) -> its output (N, H).
+
+    routing: indices and weights of the chosen experts, (T, K) each. Without it, as Llama 4 calls its experts, hidden
+    (E * T, H) holds every expert's own tokens one after the other, and so does the result.
+    """
+    if not routing:
+        return torch.cat([run(expert, tokens) for expert, tokens in enumerate(hidden.chunk(experts.count))])
+    index, weights = routing
+    out = torch.zeros_like(hidden)
+    for expert in index.unique().tolist():
+        token, slot = torch.where(index == expert)
+        result = run(expert, hidden[token]) * weights[token, slot, None]
+        out.index_add_(0, token, result.to(out.dtype))
+    return out
+
+
 class SeparateExperts(nn.Module):
     """Takes the place of a module of fused experts and computes the same from one layer per matrix."""
 
@@ -32,39 +63,20 @@ class SeparateExperts(nn.Module):
         """layers: layer name of `experts.pieces()` -> module."""
         super().__init__()
         self.experts = experts
-        self._fused = [fused]  # in a list: its weights are no part of this module
+        self._fused = [fused]  # in a list: it computes activations, and is no part of this module
         for expert in range(experts.count):
             own = {name: layers[f"{experts.saved}.{expert}.{name}"] for name in experts.names}
             self.add_module(str(expert), nn.ModuleDict(own))
 
-    @property
-    def fused(self) -> nn.Module:
-        """The module that was replaced."""
-        return self._fused[0]
-
     def forward(self, hidden_states: Tensor, *routing: Tensor) -> Tensor:
-        """Weighted sum over the chosen experts; (T, H).
-
-        routing: indices and weights of the chosen experts, (T, K) each. Without it, as Llama 4 calls its experts,
-        hidden_states (E * T, H) holds every expert's own tokens one after the other, and so does the result.
-        """
-        if not routing:
-            parts = hidden_states.chunk(self.experts.count)
-            return torch.cat([self._run(expert, tokens) for expert, tokens in enumerate(parts)])
-        index, weights = routing
-        out = torch.zeros_like(hidden_states)
-        for expert in index.unique().tolist():
-            token, slot = torch.where(index == expert)
-            result = self._run(expert, hidden_states[token]) * weights[token, slot, None]
-            out.index_add_(0, token, result.to(out.dtype))
-        return out
+        """See `routed`."""
+        return routed(self.experts, self._run, hidden_states, *routing)
 
     def _run(self, expert: int, tokens: Tensor) -> Tensor:
-        own = self.get_submodule(str(expert))
-        *before, down = (own.get_submodule(name) for name in self.experts.names)
-        parts = [layer(tokens) for layer in before]
-        joined = torch.stack(parts, -1).flatten(-2) if self.experts.interleaved else torch.cat(parts, -1)
-        return down(activated(self.fused, joined, gated=self.experts.gated))
+        return expert_output(self._fused[0], self.experts, expert, tokens, self._linear)
+
+    def _linear(self, layer: str, x: Tensor) -> Tensor:
+        return self.get_submodule(layer.removeprefix(f"{self.experts.saved}."))(x)
 
 
 class ExpertsElsewhere(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -27,7 +27,7 @@ from auto_round.models.shards import raw_bytes
 from auto_round.sources.activations import InputGrid, Limits, quantized_inputs
 from auto_round.sources.base import Block, Needs, Source
 from auto_round.sources.dataset import Calibration
-from auto_round.sources.expert_inputs import STARVED, ExpertInputs
+from auto_round.sources.expert_inputs import STARVED, ExpertInputs, quantized_expert_inputs
 
 logger = logging.getLogger("auto_round")
 NAMED_MOST = 20  # starved experts in one message; the report has them all
@@ -130,6 +130,7 @@ class LiveBlock(Block):
                     self._forward(self._chain.plain, rows, None)
         for watched in experts:
             self._importance.update(watched.importance())
+            self._limits.update(watched.limits())
 
     def _gather(self, layer: str) -> torch.utils.hooks.RemovableHandle:
         columns = self._layers[layer].shape[1]
@@ -159,11 +160,9 @@ class LiveBlock(Block):
         return None if limits.low is None or limits.high is None else (limits.low, limits.high)
 
     def quantize_inputs(self, acts: Mapping[str, tuple[TensorSpec, Knobs]]) -> None:
-        """By hooks on the layers' modules while the block runs."""
+        """By hooks on the layers' modules, and in place of fused experts' forward, while the block runs."""
         super().quantize_inputs(acts)
-        self._grids = {
-            name: InputGrid(*act) for name, act in acts.items() if self._layers[name].piece is None
-        }
+        self._grids = {name: InputGrid(*act) for name, act in acts.items()}
 
     def batches(self) -> Iterator[list[int]]:
         """All samples, in order, in groups of the batch size."""
@@ -198,13 +197,23 @@ class LiveBlock(Block):
                 else self.module(*args, **kwargs)
             )
 
-        modules = {name: self.module.get_submodule(self._inside(name)) for name in self._grids}
         with (
             torch.set_grad_enabled(bool(parameters) and torch.is_grad_enabled()),
             self._execution.autocast(),
-            quantized_inputs(modules, self._grids if parameters else {}),
+            self._quantized_inputs(self._grids if parameters else {}),
         ):
             return call.run(module, hidden[list(rows)].to(device)).float()
+
+    @contextmanager
+    def _quantized_inputs(self, grids: Mapping[str, InputGrid]) -> Iterator[None]:
+        plain = {name: grid for name, grid in grids.items() if self._layers[name].piece is None}
+        modules = {name: self.module.get_submodule(self._inside(name)) for name in plain}
+        with ExitStack() as stack:
+            stack.enter_context(quantized_inputs(modules, plain))
+            for experts in self._experts:
+                module = self.module.get_submodule(self._inside(experts.path))
+                stack.enter_context(quantized_expert_inputs(module, experts, grids))
+            yield
 
     @torch.no_grad()
     def advance(self, replaced: Mapping[str, Tensor], *, quantized: bool) -> None:

@@ -6,16 +6,18 @@ of all tokens of the block, as if every one had been sent to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from auto_round.codecs.base import fake_inputs
 from auto_round.models.capture import replaced_forwards
-from auto_round.models.expert_modules import activated
-from auto_round.models.experts import Experts
+from auto_round.models.expert_modules import expert_output, routed
+from auto_round.models.experts import Experts, Piece
+from auto_round.sources.activations import InputGrid, Limits
 
 STARVED = 64
 """An expert with fewer tokens is starved: a Gram matrix of fewer inputs is mostly chance."""
@@ -30,7 +32,9 @@ class ExpertInputs:
         """valid: which tokens of the present batch count, (B, T) bool, or None for all."""
         self.module, self.experts, self._valid = module, experts, valid
         self.tokens = [0] * experts.count
+        self._pieces = dict(experts.pieces())
         self._sums: dict[tuple[str, int], Tensor] = {}
+        self._limits: dict[tuple[str, int], Limits] = {}
 
     @property
     def starved(self) -> dict[int, int]:
@@ -94,23 +98,23 @@ class ExpertInputs:
 
     def _add(self, expert: int, tokens: Tensor) -> None:
         """Add `tokens` (N, H) and what becomes of them before the down projection to the sums of `expert`."""
-        first = self.experts.tensors[0]
-        before = tokens @ self._weight(first, expert)
-        if self.experts.biased:
-            before = before + self.module.get_parameter(f"{first}_bias")[expert].float()
-        inner = activated(self.module, before, gated=self.experts.gated)
-        self._accumulate(("in", expert), tokens)
-        self._accumulate(("out", expert), inner)
+        down = f".{self.experts.names[-1]}"
 
-    def _weight(self, tensor: str, expert: int) -> Tensor:
-        own = self.module.get_parameter(tensor)[expert].detach().float()
-        return own if self.experts.transposed else own.t()
+        def linear(layer: str, x: Tensor) -> Tensor:
+            if layer.endswith(down):
+                self._accumulate(("out", expert), x)
+                return x
+            return matrix_product(self.module, self._pieces[layer], x)
+
+        self._accumulate(("in", expert), tokens)
+        expert_output(self.module, self.experts, expert, tokens, linear)
 
     def _accumulate(self, key: tuple[str, int], x: Tensor) -> None:
         width = x.shape[1]
         whole = self.experts.count * width * width * x.element_size() <= GRAM_BYTES
         if key not in self._sums:
             self._sums[key] = x.new_zeros((width, width) if whole else (width,))
+        self._limits.setdefault(key, Limits()).add(x)
         total = self._sums[key]
         if whole:
             total.addmm_(x.t(), x)
@@ -119,8 +123,41 @@ class ExpertInputs:
 
     def importance(self) -> dict[str, Tensor]:
         """Layer -> second moments of its inputs, (I, I) or (I,)."""
-        down = f".{self.experts.tensors[1]}"
-        return {
-            name: self._sums["out" if piece.tensor.endswith(down) else "in", piece.expert]
-            for name, piece in self.experts.pieces()
-        }
+        return {name: self._sums[self._key(piece)] for name, piece in self._pieces.items()}
+
+    def limits(self) -> dict[str, Limits]:
+        """Layer -> smallest and largest of its inputs."""
+        return {name: self._limits[self._key(piece)] for name, piece in self._pieces.items()}
+
+    def _key(self, piece: Piece) -> tuple[str, int]:
+        return "out" if piece.tensor.endswith(f".{self.experts.tensors[1]}") else "in", piece.expert
+
+
+def matrix_product(module: nn.Module, piece: Piece, x: Tensor) -> Tensor:
+    """`x` (N, I) times the matrix `piece` of the fused `module`, plus its bias; (N, O)."""
+    tensor = piece.tensor.rpartition(".")[2]
+    bias = module._parameters.get(f"{tensor}_bias")
+    weight = piece.of(getattr(module, tensor)).to(x.dtype)  # in a functional call it is no parameter
+    return nn.functional.linear(x, weight, None if bias is None else piece.of(bias).to(x.dtype))
+
+
+@contextmanager
+def quantized_expert_inputs(
+    module: nn.Module, experts: Experts, grids: Mapping[str, InputGrid]
+) -> Iterator[None]:
+    """While the context lasts, the layers of `experts` get their inputs as `grids` (layer -> grid) leave them."""
+    pieces = dict(experts.pieces())
+    mine = {name: grid for name, grid in grids.items() if name in pieces}
+
+    def linear(layer: str, x: Tensor) -> Tensor:
+        grid = mine.get(layer)
+        return matrix_product(
+            module, pieces[layer], x if grid is None else fake_inputs(x, grid.spec, grid.fixed)
+        )
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        hidden, *routing = (*args, *kwargs.values())
+        return routed(experts, lambda e, x: expert_output(module, experts, e, x, linear), hidden, *routing)
+
+    with replaced_forwards([module], [forward]) if mine else nullcontext():
+        yield

@@ -33,8 +33,9 @@ from auto_round.models import load
 from auto_round.models.anatomy import experts_of
 from auto_round.models.device import execution_dtype, pick_device
 from auto_round.models.shards import parse_size
+from auto_round.models.skeleton import Skeleton
 from auto_round.models.stored import streamed_subject
-from auto_round.models.subject import Subject, check_sources, open_subject
+from auto_round.models.subject import Subject, check_sources, check_streamed, open_subject
 from auto_round.options import DEFAULT_SCHEME, Options
 from auto_round.recipes import Recipe, algorithm_named, recipe_named
 from auto_round.sources.base import Needs, Source
@@ -125,8 +126,9 @@ class AutoRound:
 
         Finished blocks are kept in a journal until the end: with resume=True, the same call goes on with what an
         interrupted one left, and writes the same bytes.
-        The model is None when the checkpoint was streamed and no model was ever built; a live model gets the weights
-        that the codes stand for, whatever `inplace` says.
+        The model is None when it was given as a folder or hub id: then no more than one block of it is in memory at a
+        time. With low_cpu_mem_usage=False it is loaded as a whole. It gets the weights that the codes stand for,
+        whatever `inplace` says.
         """
         formats = self._formats(format)
         groups = sharing_a_plan(formats)
@@ -234,6 +236,8 @@ class AutoRound:
                 blocks=self.options.to_quant_block_names,
                 trust_remote_code=self.options.trust_remote_code,
             )
+            if self._subject is not None:
+                check_streamed(self.folder, trust_remote_code=self.options.trust_remote_code)
         if self._subject is None:
             self._subject = open_subject(
                 self.folder,
@@ -245,6 +249,7 @@ class AutoRound:
                 named=parse_layer_config(self.options.layer_config),
                 head=self.options.quant_lm_head,
                 embedding=self._whole,
+                dtype=self.options.model_dtype or "auto",
             )
         return self._subject
 
@@ -366,7 +371,15 @@ class AutoRound:
             amp=execution_dtype(device) if self.options.amp else None,
             tune_outside=not self._whole,
         )
-        return LiveSource(self._live_model(), subject.anatomy, execution, data)
+        return LiveSource(self._runnable(), subject.anatomy, execution, data)
+
+    def _runnable(self) -> nn.Module | Skeleton:
+        """The model as a whole when there is one or is to be one, else its skeleton."""
+        subject = self.subject()
+        whole = self.model is not None or not self.options.low_cpu_mem_usage
+        if whole or subject.located is None or subject.tree is None:
+            return self._live_model()
+        return Skeleton(subject.tree, subject.located, subject.anatomy.in_order())
 
     def _data(self, *, required: bool) -> Calibration | None:
         """The calibration data. A recipe that can do without falls back to weights alone when there is none."""
@@ -391,7 +404,9 @@ class AutoRound:
                 raise
             logger.warning("optimised RTN goes by weights alone: %s", error)
             return None
-        rows = self._live_model().get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        tree = self.subject().tree
+        assert tree is not None, "only jobs without data go by names alone"
+        rows = tree.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         if int(data.tokens.max()) >= rows:
             raise DataError(
                 f"dataset: token id {int(data.tokens.max())} is outside the model's vocabulary of {rows}; "

@@ -75,6 +75,10 @@ class Anatomy:
         layer = Layer(name, (embedding.weight.shape[0], embedding.weight.shape[1]), False, None)
         return replace(self, layers={name: layer, **self.layers}, embedding=name)
 
+    def in_order(self) -> tuple[str, ...]:
+        """Names of all blocks."""
+        return tuple(block for blocks in self.block_lists for block in blocks)
+
     def in_blocks(self) -> list[str]:
         """Names of the layers inside blocks: those quantized by default."""
         return [name for name, layer in self.layers.items() if layer.block is not None]

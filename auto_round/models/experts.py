@@ -97,6 +97,10 @@ class Experts:
                     ),
                 )
 
+    def parts(self) -> tuple[tuple[str, int], ...]:
+        """Each fused tensor, with the number of matrices that every expert has in it."""
+        return tuple(zip(self.tensors, (len(self.names) - 1, 1), strict=True))
+
     def module_name(self, layer: str) -> str:
         """Where `layer` is found in the module tree once the experts are modules of their own."""
         return f"{self.path}.{layer.removeprefix(f'{self.saved}.')}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -159,14 +160,29 @@ def load_model(
     return model.eval()
 
 
-def skeleton(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
-    """The module tree on the meta device, without weights. Raises ModelError when the architecture is unknown."""
+def skeleton(
+    folder: Path, *, trust_remote_code: bool = False, dtype: str | torch.dtype = "auto"
+) -> nn.Module:
+    """The module tree with its parameters on the meta device and its buffers in memory.
+
+    dtype: of the parameters; "auto" is that of the checkpoint. Raises ModelError when the architecture is unknown.
+    """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        said = _dtype(folder, config) if dtype == "auto" else dtype
+        said = getattr(torch, said) if isinstance(said, str) else said
+        with init_empty_weights(include_buffers=False):
+            tree = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=said)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         raise ModelError(f"{folder}: transformers does not know this architecture: {error}") from error
+    return tree.eval()
+
+
+def _dtype(folder: Path, config: Any) -> torch.dtype:
+    """The dtype that transformers loads a checkpoint in: that of its configuration, else of its first float tensor."""
+    infos = Checkpoint(folder).infos.values() if config.dtype is None else ()
+    stored = next((info.dtype for info in infos if info.dtype.is_floating_point), torch.float32)
+    return config.dtype or stored
 
 
 def knows(folder: Path, *, trust_remote_code: bool = False) -> bool:

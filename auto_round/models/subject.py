@@ -14,20 +14,27 @@ from auto_round.core.errors import ModelError
 from auto_round.core.plan import Plan
 from auto_round.models import load
 from auto_round.models.anatomy import Anatomy, anatomy
-from auto_round.models.checkpoint import Checkpoint, names_match
+from auto_round.models.checkpoint import Checkpoint, StateDict, names_match
 from auto_round.models.experts import SavedNames, live_store, split_store
 from auto_round.models.load import ModelFiles
+from auto_round.models.skeleton import Located, check_missing, locate
 
 logger = logging.getLogger("auto_round")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A model as the writers see it. names: tensor name in the module tree -> name in `files.store`."""
+    """A model as the writers see it. names: tensor name in the module tree -> name in `files.store`.
+
+    tree: the live model, or its skeleton on the meta device; None when only names were looked at. located: where a
+    checkpoint holds each tensor of the tree; None when it cannot be read part by part.
+    """
 
     anatomy: Anatomy
     files: ModelFiles
     names: Mapping[str, str]
+    tree: nn.Module | None = None
+    located: Located | None = None
 
     def stored_name(self, layer: str) -> str:
         """Prefix of the tensors of `layer` in the checkpoint."""
@@ -52,6 +59,7 @@ def open_subject(
     named: Collection[str] = (),
     head: bool = False,
     embedding: bool = False,
+    dtype: str = "auto",
 ) -> Subject:
     """Find layers and files of a model folder, or of a live model when there is no folder.
 
@@ -59,7 +67,7 @@ def open_subject(
     are in another form. blocks: narrows the anatomy (`to_quant_block_names`). named, head: layers outside the blocks
     that may be quantized too. embedding: whether the input embedding counts as a layer.
     """
-    files, tree = _files_and_tree(folder, model, load_live, tokenizer, trust_remote_code)
+    files, tree = _files_and_tree(folder, model, load_live, tokenizer, trust_remote_code, dtype)
     body = anatomy(tree).narrowed(blocks)
     if embedding:
         body = body.with_embedding(tree)
@@ -80,7 +88,32 @@ def open_subject(
         names.update(names_match([layer.tensor], files.store.infos, prefix, saved) or {})
     if body.tied and body.head is not None:
         names[body.layers[body.head].tensor] = _embedding_tensor(tree, files, prefix)
-    return Subject(anatomy=body, files=files, names=names)
+    located = _located(tree, body, files, names) if next(tree.parameters()).is_meta else None
+    return Subject(anatomy=body, files=files, names=names, tree=tree, located=located)
+
+
+def check_streamed(folder: Path, *, trust_remote_code: bool) -> None:
+    """Raise ModelError when the checkpoint lacks a tensor of the architecture, also one that would only be copied."""
+    files = load.open_folder(folder)
+    try:
+        tree = load.skeleton(folder, trust_remote_code=trust_remote_code)
+    except ModelError:
+        return  # not an architecture of transformers: nobody knows what is missing
+    body, prefix = anatomy(tree), str(tree.base_model_prefix)
+    files = replace(files, store=split_store(files.store, body.experts, prefix, whole=True))
+    tied = {body.layers[body.head].tensor: ""} if body.tied and body.head else {}
+    _located(tree, body, files, tied)
+
+
+def _located(tree: nn.Module, body: Anatomy, files: ModelFiles, names: Mapping[str, str]) -> Located | None:
+    """Where the checkpoint holds each tensor of the skeleton `tree`. Raises ModelError for one that is missing."""
+    if files.folder is None or isinstance(files.store, StateDict):
+        return None
+    located, missing = locate(tree, files.store, body.experts, names, SavedNames(tree).renamed)
+    check_missing(missing, located, tree)
+    if missing:
+        logger.warning("%s: the checkpoint has no tensor of that name; it may have another", missing[0])
+    return None if missing else located
 
 
 def _files_and_tree(
@@ -89,13 +122,18 @@ def _files_and_tree(
     load_live: Callable[[], nn.Module],
     tokenizer: Any,
     trust_remote_code: bool,
+    dtype: str,
 ) -> tuple[ModelFiles, nn.Module]:
     if folder is None:
         assert model is not None, "a model or a folder is given"
         return load.of_live_model(model, tokenizer), model
     config = load.read_config(folder)
     if load.has_safetensors(folder):
-        tree = load.skeleton(folder, trust_remote_code=trust_remote_code) if model is None else model
+        tree = (
+            load.skeleton(folder, trust_remote_code=trust_remote_code, dtype=dtype)
+            if model is None
+            else model
+        )
         return load.open_folder(folder), tree
     tree = load_live()
     files = load.of_live_model(tree, None)

@@ -24,6 +24,7 @@ from auto_round.models.anatomy import Anatomy, Layer, parameters_for
 from auto_round.models.capture import Call, Calls, Pass, Recorder, input_after_blocks, varies
 from auto_round.models.experts import Experts
 from auto_round.models.shards import raw_bytes
+from auto_round.models.skeleton import Resident, Skeleton
 from auto_round.sources.activations import InputGrid, Limits, quantized_inputs
 from auto_round.sources.base import Block, Needs, Source
 from auto_round.sources.dataset import Calibration
@@ -326,9 +327,14 @@ class LiveSource(Source):
     can_run = True
 
     def __init__(
-        self, model: nn.Module, anatomy: Anatomy, execution: Execution, data: Calibration | None
+        self,
+        model: nn.Module | Skeleton,
+        anatomy: Anatomy,
+        execution: Execution,
+        data: Calibration | None,
     ) -> None:
-        self.model, self.anatomy, self.execution, self.data = model, anatomy, execution, data
+        self._home = Resident(model) if isinstance(model, nn.Module) else model
+        self.model, self.anatomy, self.execution, self.data = self._home.model, anatomy, execution, data
         self._needs = Needs.NOTHING
         self._last_block = ""
         self._starved: dict[str, int] = {}
@@ -345,7 +351,7 @@ class LiveSource(Source):
         for blocks in self.anatomy.block_lists:
             modules = [self.model.get_submodule(name) for name in blocks]
             recorder = Recorder(self.model, modules)
-            chain, calls = (None, None) if self._needs is Needs.NOTHING else self._capture(recorder)
+            chain, calls = (None, None) if self._needs is Needs.NOTHING else self._capture(recorder, blocks)
             self._last_block = "" if outside else blocks[-1]
             for index, (name, module) in enumerate(zip(blocks, modules, strict=True)):
                 gather = name not in finished
@@ -356,6 +362,7 @@ class LiveSource(Source):
             inputs = (
                 None if None in (chain, recorder, reader) else self._inputs_of(reader, recorder, chain)  # type: ignore[arg-type]
             )
+            self._home.fill(layer.name)
             valid = None if self.data is None or inputs is None else self.data.valid
             module = self.model.get_submodule(layer.name)
             shared = layer.name == self.anatomy.embedding
@@ -381,18 +388,18 @@ class LiveSource(Source):
     def done(self, block: Block, replaced: Mapping[str, Tensor]) -> None:
         """Propagate both chains and put the weights into the model."""
         replaced = dict(replaced)  # made once, looked at many times
-        if isinstance(block, LiveBlock):
-            if self._needs is not Needs.NOTHING:
-                wanted = self._needs is Needs.FORWARD and self.execution.quantized_inputs
-                block.advance(replaced, quantized=wanted and block.name != self._last_block)
+        if isinstance(block, LiveBlock) and self._needs is not Needs.NOTHING:
+            wanted = self._needs is Needs.FORWARD and self.execution.quantized_inputs
+            block.advance(replaced, quantized=wanted and block.name != self._last_block)
+        if isinstance(block, (LiveBlock, OutsideBlock)) and self._home.keeps:
             block.settle(replaced)
-        elif isinstance(block, OutsideBlock):
-            block.settle(replaced)
+        self._home.drop(block.name)
 
     def _block(
         self, name: str, module: nn.Module, chain: Chain | None, calls: Calls | None, gather: bool
     ) -> LiveBlock:
         layers = {n: layer for n, layer in self.anatomy.layers.items() if layer.block == name}
+        self._home.fill(name)
         experts = [found for found in self.anatomy.experts if found.path.startswith(f"{name}.")]
         block = LiveBlock(name, module, layers, self.execution, experts)
         if chain is not None and calls is not None:
@@ -412,8 +419,10 @@ class LiveSource(Source):
                 len(named), STARVED, ", ".join(named[:NAMED_MOST]), more,
             )  # fmt: skip
 
-    def _capture(self, recorder: Recorder) -> tuple[Chain, list[Calls]]:
+    def _capture(self, recorder: Recorder, blocks: Sequence[str]) -> tuple[Chain, list[Calls]]:
         assert self.data is not None, "capture needs data"
+        self._home.fill_outside(self.anatomy.head)
+        self._home.fill(blocks[0])  # one sample goes through it, to see what blocks return
         tokens, mask = self.data.tokens, self.data.attention_mask
         # transformers passes no mask for a sample without padding. Next to a padded one, every sample gets one.
         padded = [] if mask is None else [int((mask == 0).any(1).nonzero()[0])]
@@ -435,6 +444,7 @@ class LiveSource(Source):
             )
             for i in range(len(recorder.blocks))
         ]
+        self._home.drop()
         same = self._needs is not Needs.FORWARD or not self.execution.quantized_inputs
         return Chain(plain, plain if same else plain.clone()), calls
 
@@ -456,5 +466,8 @@ class LiveSource(Source):
         def through(hidden: Tensor) -> Tensor:
             return torch.cat([of_sample(hidden, row) for row in range(len(hidden))]).float()
 
+        self._home.fill_outside(self.anatomy.head)
         plain = through(chain.plain)
-        return Chain(plain, plain if chain.quantized is chain.plain else through(chain.quantized))
+        found = Chain(plain, plain if chain.quantized is chain.plain else through(chain.quantized))
+        self._home.drop()
+        return found

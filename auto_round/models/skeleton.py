@@ -1,0 +1,170 @@
+"""Models whose weights come and go: the module tree on the meta device, filled part by part from the checkpoint.
+
+`Resident` is the same for a model that is in memory as a whole, so that those who run blocks need not know which it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from auto_round.core.errors import ModelError
+from auto_round.models.checkpoint import TensorStore, names_match
+from auto_round.models.experts import ENDS, Experts, Piece
+
+LOW_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Located:
+    """names: tensor of the tree -> stored name. pieces: fused tensor -> where each stored matrix goes in it.
+
+    full: beginnings of the names of tensors that stay in float32 whatever the dtype of the model.
+    """
+
+    store: TensorStore
+    names: Mapping[str, str]
+    pieces: Mapping[str, Mapping[str, Piece]] = field(default_factory=dict)
+    full: Callable[[str], bool] = lambda name: False
+
+    def read(self, name: str, like: Tensor) -> Tensor:
+        """The tensor `name` of the tree, in the dtype of `like`."""
+        dtype = torch.float32 if self.full(name) and like.dtype in LOW_DTYPES else like.dtype
+        if name not in self.pieces:
+            tensor = self.store.get(self.names[name])
+            if tensor.shape != like.shape:
+                raise ModelError(
+                    f"{self.names[name]}: shape {tuple(tensor.shape)} in the checkpoint, {tuple(like.shape)} in the "
+                    "model's configuration"
+                )
+            return tensor.to(dtype)
+        fused = torch.empty(like.shape, dtype=dtype)
+        for stored, piece in self.pieces[name].items():
+            piece.of(fused).copy_(self.store.get(stored))
+        return fused
+
+
+def locate(
+    tree: nn.Module,
+    store: TensorStore,
+    experts: Iterable[Experts],
+    known: Mapping[str, str],
+    saved: Callable[[str], str],
+) -> tuple[Located, list[str]]:
+    """Where the tensors of `tree` are in `store`, and those that are not there, by name.
+
+    known: stored names that are found already. saved: see `names_match`.
+    """
+    prefix, names, missing = str(tree.base_model_prefix), dict(known), []
+    experts = list(experts)
+    pieces = _pieces(experts, store, prefix, saved)
+    counts = {f"{m.path}.{t}{e}": m.count * n for m in experts for t, n in m.parts() for e in ENDS}
+    optional = [re.compile(p) for p in getattr(tree, "_keys_to_ignore_on_load_missing", None) or ()]
+    for name in tree.state_dict():
+        if name in names or len(pieces.get(name, ())) == counts.get(name, -1):
+            continue
+        match = names_match([name], store.infos, prefix, saved)
+        if match is not None:
+            names.update(match)
+        elif not any(pattern.search(name) for pattern in optional):
+            missing.append(name)
+    return Located(store=store, names=names, pieces=pieces, full=_kept_full(tree)), missing
+
+
+def _pieces(
+    experts: Iterable[Experts], store: TensorStore, prefix: str, saved: Callable[[str], str]
+) -> dict[str, dict[str, Piece]]:
+    found: dict[str, dict[str, Piece]] = {}
+    for module in experts:
+        for layer, piece in module.pieces():
+            for end, last in zip(ENDS, (".weight", ".bias"), strict=True):
+                match = names_match([f"{layer}{last}"], store.infos, prefix, saved)
+                if match is not None:
+                    found.setdefault(f"{piece.tensor}{end}", {})[match[f"{layer}{last}"]] = piece
+    return found
+
+
+def _kept_full(tree: nn.Module) -> Callable[[str], bool]:
+    """transformers keeps some modules in float32: routers' corrections, certain norms."""
+    always = set(getattr(tree, "_keep_in_fp32_modules_strict", None) or ())
+    half = set(getattr(tree, "_keep_in_fp32_modules", None) or ())
+    words = always | (half if next(tree.parameters()).dtype == torch.float16 else set())
+    return lambda name: any(re.search(rf"(^|\.){word}(\.|$)", name) for word in words)
+
+
+def check_missing(missing: Iterable[str], located: Located, tree: nn.Module) -> None:
+    """Raise ModelError for a tensor of `tree` that is `missing`, unless it may be stored under a name of its own."""
+    claimed = {*located.names.values(), *(name for own in located.pieces.values() for name in own)}
+    others = {tuple(info.shape) for name, info in located.store.infos.items() if name not in claimed}
+    tensors = tree.state_dict()
+    for name in missing:
+        if tuple(tensors[name].shape) not in others:
+            raise ModelError(
+                f"{name} is missing from the checkpoint, and no other tensor in it can be meant. "
+                "Download it again, or mend config.json if it describes another model"
+            )
+
+
+class Resident:
+    """A model in memory: nothing has to be brought in, and what is put into it stays."""
+
+    keeps = True
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def fill(self, path: str) -> None:
+        """The part at `path` is there already."""
+
+    def fill_outside(self, without: str | None) -> None:
+        """What is outside the blocks is there already."""
+
+    def drop(self, path: str = "") -> None:
+        """The part at `path` stays."""
+
+
+class Skeleton:
+    """A model on the meta device whose parts are read from a checkpoint when they are needed.
+
+    located: where each tensor of the tree is stored. blocks: paths of the blocks. Buffers that no checkpoint holds
+    (rotary frequencies) have their values from the start.
+    """
+
+    keeps = False
+
+    def __init__(self, model: nn.Module, located: Located, blocks: tuple[str, ...]) -> None:
+        self.model, self._located, self._blocks = model, located, blocks
+        self._empty = dict(model.state_dict(keep_vars=True))
+
+    def fill(self, path: str) -> None:
+        """Read the tensors of the part at `path`."""
+        for name in self._under(path):
+            self._put(name, self._located.read(name, self._empty[name]))
+
+    def fill_outside(self, without: str | None) -> None:
+        """Read what is outside the blocks, the part at `without` excepted."""
+        inside = tuple(f"{block}." for block in self._blocks)
+        for name in self._empty:
+            if not name.startswith(inside) and not (without and name.startswith(f"{without}.")):
+                self._put(name, self._located.read(name, self._empty[name]))
+
+    def drop(self, path: str = "") -> None:
+        """Forget the weights of the part at `path`, or all of them."""
+        for name in self._under(path):
+            self._put(name, self._empty[name])
+
+    def _under(self, path: str) -> Iterator[str]:
+        return (name for name in self._empty if not path or name.startswith(f"{path}."))
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        parent, _, last = name.rpartition(".")
+        module = self.model.get_submodule(parent)
+        if last in module._parameters:
+            value = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+            module._parameters[last] = value
+        else:
+            module._buffers[last] = tensor

@@ -41,6 +41,7 @@ from auto_round.recipes import Recipe, algorithm_named, recipe_named
 from auto_round.sources.base import Needs, Source
 from auto_round.sources.blocks import Execution, LiveSource
 from auto_round.sources.dataset import DEFAULT_DATASET, Calibration, Request, load_calibration
+from auto_round.sources.kv_cache import cache_ranges
 from auto_round.sources.tensors import TensorSource
 from auto_round.steps.base import Step
 from auto_round.steps.inputs import InputRanges, needs_calibration
@@ -75,6 +76,7 @@ class AutoRound:
         self.observers: list[Observer] = []
         self._tokenizer = tokenizer
         self._kept: Kept | None = None
+        self._cache_ranges: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None
         self._whole = False  # whether some format quantizes embedding and head too
         self.plan: Plan | None = None
         self.base = base_scheme(self.options)
@@ -452,12 +454,34 @@ class AutoRound:
                 else:
                     made = fmt.resolve(plan)
                     ledger = None if about is None else Ledger(about, resume=self.options.resume)
+                    cache = self._cache_scales(made)
                     writer = CheckpointWriter(
-                        folder, made, subject, plan, provenance, max_shard_bytes=limit, ledger=ledger
+                        folder,
+                        made,
+                        subject,
+                        plan,
+                        provenance,
+                        max_shard_bytes=limit,
+                        ledger=ledger,
+                        cache=cache,
                     )
                 stack.enter_context(writer)
                 writers.append(writer)
             yield writers
+
+    def _cache_scales(self, fmt: Format) -> dict[str, torch.Tensor]:
+        """The tensors of `static_kv_dtype` for `fmt`; empty when it is not asked for."""
+        wanted = self.options.static_kv_dtype
+        if wanted is None:
+            return {}
+        fmt.cache_scales({}, wanted)  # refuses before the model is run
+        if self._cache_ranges is None:
+            data = self._data(required=True)
+            assert data is not None, "required data is there or an error"
+            model = self._live_model()
+            model.to(pick_device(self.options.device_map))
+            self._cache_ranges = cache_ranges(model, data, self.numbers.batch_size)
+        return fmt.cache_scales(self._cache_ranges, wanted)
 
     def _provenance(self, plan: Plan) -> Provenance:
         body, numbers = self.subject().anatomy, self.numbers
@@ -473,6 +497,7 @@ class AutoRound:
             blocks=tuple(prefix for prefix, blocks in lists if used & set(blocks)),
             tuning=tuning,
             float_layers=(*(name for name in body.layers if name not in plan), *body.routers),
+            cache=self.options.static_kv_dtype or "",
         )
 
 

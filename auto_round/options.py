@@ -173,7 +173,6 @@ LATER = {
     "dynamic_max_gap": "early stopping is not there yet",
     "lr_scheduler": "other schedules than linear decay are not there yet",
     "rotation_config": "rotations are not there yet",
-    "static_kv_dtype": "key-value cache scales are not there yet",
     "static_attention_dtype": "quantized attention is not there yet",
     "super_bits": "scales of scales (GGUF) are not there yet",
     "super_group_size": "scales of scales (GGUF) are not there yet",

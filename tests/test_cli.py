@@ -167,7 +167,6 @@ LATER = [
     ["--awq_n_grid", "20"],
     ["--rotation_type", "hadamard"],
     ["--rotation_config", "quarot"],
-    ["--static_kv_dtype", "fp8"],
     ["--static_attention_dtype", "fp8"],
     ["--eval"],
     ["--tasks", "mmlu"],

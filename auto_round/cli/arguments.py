@@ -80,6 +80,9 @@ class SchemeFlags:
         Text, _flag("ignore-layers", "fp-layers", help="Layers left in floating point, comma separated.")
     ] = None
     quant_lm_head: Annotated[bool, _flag("quant-lm-head", help="Quantize the output head too.")] = False
+    static_kv_dtype: Annotated[
+        Text, _flag("static-kv-dtype", help="fp8: scales for keys and values in the server's cache.")
+    ] = None
     to_quant_block_names: Annotated[Text, _flag("to-quant-block-names", help="Only these blocks.")] = None
 
 
@@ -178,7 +181,6 @@ class Later:
     n_grid: Annotated[Number, _flag("n-grid", "awq-n-grid")] = None
     rotation_type: Annotated[Text, _flag("rotation-type")] = None
     rotation_config: Annotated[Text, _flag("rotation-config")] = None
-    static_kv_dtype: Annotated[Text, _flag("static-kv-dtype")] = None
     static_attention_dtype: Annotated[Text, _flag("static-attention-dtype")] = None
     eval: Annotated[bool, _switch("eval")] = False
     tasks: Annotated[Text, _flag("tasks", "task")] = None
@@ -212,7 +214,7 @@ WHAT = {
     ),
     **dict.fromkeys(("duo_scaling", "n_grid"), "AWQ"),
     **dict.fromkeys(("rotation_type", "rotation_config"), "rotation"),
-    **dict.fromkeys(("static_kv_dtype", "static_attention_dtype"), "quantizing the key-value cache"),
+    "static_attention_dtype": "quantizing attention",
     **dict.fromkeys(
         ("eval", "tasks", "eval_bs", "eval_backend", "eval_task_by_task", "eval_model_dtype"), EVALUATION
     ),

@@ -28,7 +28,8 @@ class Provenance:
 
     blocks: name prefixes of the quantized block lists ("model.layers"). tuning: settings that differ from defaults.
     float_layers: matrices outside the plan that stay in floating point ("lm_head").
-    float_tensors: every matrix that was written in floating point, routers and embeddings too.
+    float_tensors: every matrix that was written in floating point, routers and embeddings too. cache: dtype of stored
+    keys and values, empty when nothing is said about them.
     """
 
     version: str
@@ -36,6 +37,7 @@ class Provenance:
     tuning: Mapping[str, object] = field(default_factory=dict)
     float_layers: tuple[str, ...] = ()
     float_tensors: tuple[str, ...] = ()
+    cache: str = ""
 
 
 class Format(ABC):
@@ -49,6 +51,15 @@ class Format(ABC):
         False  # one file with embedding and head quantized too, instead of a checkpoint folder
     )
     scheme: Scheme | None = None  # the scheme that choosing this format means
+
+    def cache_scales(self, ranges: Mapping[str, tuple[Tensor, Tensor]], dtype: str) -> dict[str, Tensor]:
+        """Tensors that tell servers how to keep keys and values, from the largest magnitudes per attention module.
+
+        Raises FormatError when the format has no place for them.
+        """
+        raise FormatError(
+            f"static_kv_dtype={dtype!r}: {self.name} has no place for it. Use --format llm_compressor, or leave it out"
+        )
 
     @abstractmethod
     def reject(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:

@@ -18,6 +18,7 @@ from auto_round.core.element_layouts import read_elements, write_elements
 from auto_round.core.errors import FormatError
 from auto_round.core.groups import group_rows, group_size, groups_per_row, merge, split
 from auto_round.core.layouts import check_shapes, middle
+from auto_round.core.minifloat import E4M3
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized, input_tensors, inputs_among
 from auto_round.core.rounding import STORAGE
@@ -38,6 +39,8 @@ WEIGHTS_ONLY = {"float-quantized": "naive-quantized"}
 """Layouts that go by another name when inputs stay in floating point."""
 SCALES = {"e8m0": "torch.uint8", "e4m3": "torch.float8_e4m3fn"}
 MX_GROUP, NV_GROUP = 32, 16
+CACHE_DTYPES = ("fp8", "fp8_e4m3")
+CACHE = TensorSpec(dtype="fp", bits=8, group=0, dynamic=False)
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,19 @@ class LLMCompressor(Format):
         grouped = split(codes.contiguous(), spec.group).contiguous()
         return Quantized(spec=spec, shape=shape, codes=grouped, params=params, inputs=inputs_among(tensors))
 
+    def cache_scales(self, ranges: Mapping[str, tuple[Tensor, Tensor]], dtype: str) -> dict[str, Tensor]:
+        """`k_scale` and `v_scale` (1,) float32 of each attention module. Raises FormatError for another dtype."""
+        if dtype not in CACHE_DTYPES:
+            raise FormatError(
+                f"static_kv_dtype={dtype!r}: readers of {self.name} know {', '.join(CACHE_DTYPES)} only"
+            )
+        least, top = torch.finfo(torch.float32).tiny, E4M3.top
+        return {
+            f"{path}.{kind}_scale": (largest / top).clamp(min=least).reshape(1)
+            for path, pair in ranges.items()
+            for kind, largest in zip("kv", pair, strict=True)
+        }
+
     def config(self, plan: Plan, provenance: Provenance) -> dict[str, object]:
         """`config_groups`, the rarest first; the last one is for every other Linear. `ignore`: the float matrices."""
         groups: dict[Scheme, list[str]] = defaultdict(list)
@@ -187,7 +203,7 @@ class LLMCompressor(Format):
             "format": layouts.pop() if len(layouts) == 1 else MIXED,
             "global_compression_ratio": None,
             "ignore": sorted(left.union(provenance.float_layers, provenance.float_tensors), key=natural),
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": _arguments(CACHE, inputs=True) if provenance.cache else None,
             "provider": "auto-round",
             "quant_method": "compressed-tensors",
             "quantization_status": "compressed",

@@ -58,8 +58,11 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         *,
         max_shard_bytes: int,
         ledger: Ledger | None = None,
+        cache: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """ledger: layers arrive from several workers and are entered there as they are written; a run that fails
+        """cache: tensors about keys and values, written as they are.
+
+        ledger: layers arrive from several workers and are entered there as they are written; a run that fails
         then keeps them. Their codes are compared by samples: one of `SAMPLED`, and one of every kind."""
         self.folder, self.format, self.subject, self.plan, self.provenance = (
             folder,
@@ -76,7 +79,9 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         self._fusing = threading.Lock()
         self._inside: dict[str, set[str]] = {}  # fused tensor -> plain weights yet to come that lie in it
         self._fused: dict[str, Tensor] = {}
-        self._shards = ShardWriter(self._staging, self._infos(), max_shard_bytes)
+        self._cache = dict(cache or {})
+        scales = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in self._cache.items()}
+        self._shards = ShardWriter(self._staging, {**self._infos(), **scales}, max_shard_bytes)
 
     @property
     def nbytes(self) -> int:
@@ -242,6 +247,8 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
                 if kind is None:
                     for name in self.to_copy():
                         self.copy(name)
+                    for name, tensor in self._cache.items():
+                        self._shards.put(name, tensor)
                 self._shards.__exit__(kind, error, trace)
                 if self._ledger is not None:
                     self._ledger.close()

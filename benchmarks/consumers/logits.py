@@ -98,15 +98,47 @@ def autoawq(job: dict, tokens: np.ndarray) -> Answer:
     return _forward(loaded.model.eval(), tokens), None, _describe(loaded.model)
 
 
+def stock(job: dict, tokens: np.ndarray) -> Answer:
+    """Whatever stock transformers makes of the folder, in the type asked for.
+
+    With job["dequantize"], compressed-tensors is told to make plain weights while loading.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    options = {}
+    if job.get("dequantize"):
+        from transformers import CompressedTensorsConfig
+
+        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    dtype = getattr(torch, job.get("dtype", "float32"))
+    model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=dtype, **options).eval()
+    return _forward(model, tokens), None, _describe(model)
+
+
+def mlx(job: dict, tokens: np.ndarray) -> Answer:
+    """mlx-lm on the CPU of any machine; its type follows from the stored scales and the other weights."""
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    mx.set_default_device(mx.cpu)
+    model, _ = load_model(Path(job["folder"]))
+    logits = model(mx.array(tokens.astype(np.int32)))
+    return np.array(logits.astype(mx.float32)), None, {"dtype": str(logits.dtype).removeprefix("mlx.core.")}
+
+
 def vllm(job: dict, tokens: np.ndarray) -> Answer:
     """vLLM's log-probabilities of the prompt; the last position has none and repeats the one before.
 
-    Float32 is refused for quantized models on a CPU, so this is float16 arithmetic.
+    Float32 is refused for quantized models on a CPU, so this is 16-bit arithmetic.
     """
     from vllm import LLM, SamplingParams
 
     rows, length = tokens.shape
-    llm = LLM(job["folder"], dtype="float16", max_model_len=length + 8, max_logprobs=-1, enforce_eager=True)
+    dtype, more = job.get("dtype", "float16"), job.get("vllm", {})
+    llm = LLM(
+        job["folder"], dtype=dtype, max_model_len=length + 8, max_logprobs=-1, enforce_eager=True, **more
+    )
     sampling = SamplingParams(max_tokens=1, prompt_logprobs=-1, detokenize=False, flat_logprobs=True)
     answers = llm.generate([{"prompt_token_ids": row.tolist()} for row in tokens], sampling, use_tqdm=False)
     said = np.full((rows, length, llm.llm_engine.model_config.get_vocab_size()), np.nan, dtype=np.float32)
@@ -117,7 +149,7 @@ def vllm(job: dict, tokens: np.ndarray) -> Answer:
             entry = slice(flat.start_indices[i], flat.end_indices[i])
             row[i - 1, flat.token_ids[entry]] = flat.logprobs[entry]
         row[-1] = row[-2]
-    return said, None, {"dtype": "float16"}
+    return said, None, {"dtype": dtype}
 
 
 def ort(job: dict, tokens: np.ndarray) -> Answer:
@@ -153,7 +185,7 @@ def _run_onnx(folder: str, model: Path, tokens: np.ndarray) -> np.ndarray:
     return session.run(["logits"], feeds)[0].astype(np.float32)
 
 
-HOW = {f.__name__: f for f in (auto_round, plain, gptqmodel, gptqmodel_own, autoawq, vllm, ort)}
+HOW = {f.__name__: f for f in (auto_round, plain, stock, mlx, gptqmodel, gptqmodel_own, autoawq, vllm, ort)}
 
 
 def _words(error: BaseException) -> str:
@@ -177,7 +209,7 @@ def run_job(how: str, job: dict, tokens: np.ndarray) -> dict:
 def main() -> None:
     """Run every job of the file named on the command line, one thread."""
     how, work = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
-    if how not in ("ort",):
+    if how not in ("ort", "mlx"):
         import torch
 
         torch.set_num_threads(1)

@@ -40,7 +40,8 @@ from auto_round.options import DEFAULT_SCHEME, Options
 from auto_round.recipes import Recipe, algorithm_named, recipe_named
 from auto_round.sources.base import Needs, Source
 from auto_round.sources.blocks import Execution, LiveSource
-from auto_round.sources.dataset import DEFAULT_DATASET, Calibration, Request, load_calibration
+from auto_round.sources.dataset import Calibration, Request, load_calibration
+from auto_round.sources.dataset_names import DEFAULT_DATASET
 from auto_round.sources.kv_cache import cache_ranges
 from auto_round.sources.tensors import TensorSource
 from auto_round.steps.base import Step
@@ -397,10 +398,12 @@ class AutoRound:
             nsamples = recipe_named(
                 "default"
             ).nsamples  # the recipe has none, but the scheme's inputs need a range
-        request = Request(nsamples=nsamples, seqlen=self._seqlen(), seed=self.options.seed)
+        request = Request(
+            nsamples=nsamples, seqlen=self._seqlen(), seed=self.options.seed, platform=self.options.platform
+        )
         dataset = DEFAULT_DATASET if self.options.dataset is None else self.options.dataset
         try:
-            data = load_calibration(dataset, self.tokenizer, request)
+            data = load_calibration(dataset, self.tokenizer, request, self._live_model)
         except DataError as error:
             if required or self.options.dataset is not None:
                 raise

@@ -12,14 +12,8 @@ from torch.utils.data import DataLoader
 
 from auto_round import AutoRound
 from auto_round.core.errors import AutoRoundError, DataError
-from auto_round.sources.dataset import (
-    Calibration,
-    Part,
-    Request,
-    load_calibration,
-    parse_spec,
-    split_outside_quotes,
-)
+from auto_round.sources.dataset import Calibration, Request, load_calibration
+from auto_round.sources.dataset_spec import Part, parse_spec, split_outside_quotes
 
 SEQLEN = 32
 LONG = [" ".join(SENTENCES[i:] + SENTENCES[:i]) for i in range(3)]
@@ -197,7 +191,10 @@ def test_short_samples_are_dropped_and_counted(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "auto_round"):
         data = load(path, nsamples=4)
     assert len(data.tokens) == 2
-    assert "2 samples of 32 tokens, 4 wanted; 2 of 4 shorter ones dropped" in caplog.text
+    assert (
+        f"2 samples of 32 tokens (64 in all) from {path}, 4 wanted; dropped 2 shorter than 32 tokens of 4 read"
+        in caplog.text
+    )
     assert "concat=True" in caplog.text
 
 

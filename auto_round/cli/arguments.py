@@ -132,7 +132,9 @@ class Machine:
     dataset: Annotated[
         Text,
         _flag(
-            "dataset", help="Hub name or local .json, .jsonl, .txt, with options: a.jsonl:num=64:concat=True."
+            "dataset",
+            help="Hub name, local .json, .jsonl, .txt, .parquet or folder, or self, with options: "
+            "a.jsonl:num=64:concat=True,self:num=64.",
         ),
     ] = None
     nsamples: Annotated[Number, _flag("nsamples", "nsample", help="Calibration samples.")] = None

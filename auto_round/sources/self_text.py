@@ -1,0 +1,100 @@
+"""Calibration text written by the model itself: for a machine without data and without network.
+
+Every sample starts from the token that begins a text, and each next one is drawn from the model's own distribution.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from auto_round.core.errors import DataError
+
+logger = logging.getLogger("auto_round")
+
+TOGETHER = 32  # samples drawn at once
+MEASURED = 8  # tokens after which the time is known
+
+
+@torch.inference_mode()
+def sample_tokens(model: nn.Module, tokenizer: Any, *, count: int, length: int, seed: int) -> list[Tensor]:
+    """`count` samples of `length` tokens, (T,) int64 each; the same for the same seed, model and torch version.
+
+    Tokens that end a text are never drawn. Raises DataError when the model does not say how a text begins.
+    """
+    start = _start(model, tokenizer)
+    barred = _barred(model, tokenizer)
+    generator = torch.Generator().manual_seed(seed)
+    began = time.perf_counter()
+    samples: list[Tensor] = []
+    while len(samples) < count:
+        size = min(TOGETHER, count - len(samples))
+        told = _Told(began, count, length) if not samples else None
+        samples += list(_drawn(model, torch.full((size, 1), start), length, barred, generator, told))
+    seconds = time.perf_counter() - began
+    logger.info("the model wrote %d samples of %d tokens in %.0f s", count, length, seconds)
+    return samples
+
+
+class _Told:
+    """Says once how long the whole will take."""
+
+    def __init__(self, began: float, count: int, length: int) -> None:
+        self._began, self._count, self._length = began, count, length
+
+    def __call__(self, tokens: int) -> None:
+        if tokens == min(MEASURED, self._length - 1):
+            rounds = -(-self._count // TOGETHER)
+            seconds = (time.perf_counter() - self._began) / tokens * self._length * rounds
+            logger.info(
+                "the model writes its own calibration text, %d x %d tokens: some %.0f s",
+                self._count, self._length, seconds,
+            )  # fmt: skip
+
+
+def _drawn(
+    model: nn.Module,
+    tokens: Tensor,
+    length: int,
+    barred: list[int],
+    generator: torch.Generator,
+    told: _Told | None,
+) -> Tensor:
+    """`tokens` (B, 1) continued to (B, length)."""
+    device, past, newest = next(model.parameters()).device, None, tokens
+    while tokens.shape[1] < length:
+        out = model(input_ids=newest.to(device), past_key_values=past, use_cache=True)
+        past, logits = out.past_key_values, out.logits[:, -1].float().cpu()
+        logits[:, barred] = -torch.inf
+        newest = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        tokens = torch.cat([tokens, newest], 1)
+        if told is not None:
+            told(tokens.shape[1] - 1)
+    return tokens
+
+
+def _start(model: nn.Module, tokenizer: Any) -> int:
+    for source in (tokenizer, model.config):
+        for name in ("bos_token_id", "eos_token_id"):
+            found = _numbers(source, name)
+            if found:
+                return found[0]
+    raise DataError(
+        "dataset 'self': neither tokenizer nor config.json names a beginning-of-text token; give other calibration data"
+    )
+
+
+def _barred(model: nn.Module, tokenizer: Any) -> list[int]:
+    names = ("eos_token_id", "pad_token_id")
+    return sorted(
+        {n for source in (tokenizer, model.config) for name in names for n in _numbers(source, name)}
+    )
+
+
+def _numbers(source: Any, name: str) -> list[int]:
+    found = getattr(source, name, None)
+    return [] if found is None else list(found) if isinstance(found, (list, tuple)) else [int(found)]

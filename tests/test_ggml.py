@@ -6,6 +6,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 
+from auto_round.codecs import blocks
 from auto_round.codecs.base import codec_of, codecs, fake
 from auto_round.codecs.blocks import BlockCodec
 from auto_round.core.errors import SchemeError
@@ -109,6 +110,18 @@ def test_a_search_is_better_than_plain_rounding(codec, weights):
         squared = (codec.dequantize(q) - w).square()
         error[name] = (squared if weights is None else squared * weights).sum()
     assert error["search"] < 0.96 * error["plain"]
+
+
+@by_type
+def test_the_compiled_search_is_no_worse_than_its_twin_in_torch(codec, monkeypatch):
+    w, weights = weight(), importance()
+    if blocks.library(blocks.KERNELS) is None:
+        pytest.skip("no C compiler")
+    compiled = codec.dequantize(searched(codec, w, weights))
+    monkeypatch.setattr(blocks, "library", lambda source: None)
+    twin = codec.dequantize(searched(codec, w, weights))
+    errors = [((found - w).square() * weights).sum() for found in (compiled, twin)]
+    assert 0.7 * errors[1] < errors[0] < 1.01 * errors[1]
 
 
 @by_type

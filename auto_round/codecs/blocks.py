@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from auto_round.codecs.base import Codec
 from auto_round.core.errors import SchemeError
+from auto_round.core.native import library
 from auto_round.core.quantized import NEUTRAL, Knob, Knobs, Quantized
 from auto_round.core.rounding import straight_through
 from auto_round.core.scheme import Scheme, TensorSpec
@@ -144,6 +148,9 @@ class BlockCodec(Codec):
     ) -> Knobs:
         """Parameters of low error, weighted by `importance` (I,) or by the diagonal of a Gram matrix (I, I)."""
         diagonal = importance.diagonal() if importance is not None and importance.ndim == 2 else importance
+        kernels = library(KERNELS) if w.device.type == "cpu" else None
+        if kernels is not None:
+            return self._compiled_search(getattr(kernels, self.name), w, diagonal)
         found, weight = [], None
         for rows in row_chunks((w.shape[0], w.shape[1])):
             x = w[rows].float().reshape(-1, self.group).t().contiguous()
@@ -152,11 +159,37 @@ class BlockCodec(Codec):
             found.append(self.fit(x, weight))
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
+    @abstractmethod
+    def results(self, groups: int) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+        """Empty float32 tensors for `groups` groups: in the order of the compiled search's arguments, and by name."""
+
+    def _compiled_search(self, search: Callable[..., None], w: Tensor, importance: Tensor | None) -> Knobs:
+        """The same by the functions of ggml_search.c, with more candidates: on as many threads as torch has."""
+        rows, columns = w.shape
+        weights = torch.ones(columns) if importance is None else alive(importance).contiguous()
+        outputs, named = self.results(w.numel() // self.group)
+
+        def run(part: slice) -> None:
+            x = w[part].float().contiguous()
+            pointers = [None if t is None else t[part.start * len(t) // rows :].data_ptr() for t in outputs]
+            sizes = (ctypes.c_ssize_t(x.shape[0]), ctypes.c_ssize_t(columns))
+            inputs = (ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(weights.data_ptr()))
+            search(*inputs, *sizes, *map(ctypes.c_void_p, pointers))
+
+        threads = torch.get_num_threads()
+        step = max(1, min(-(-rows // threads), COMPILED_CHUNK // columns))
+        parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(run, parts))
+        return named
+
     def _given(self, knobs: Knobs) -> dict[str, Tensor]:
         """The parameters among the knobs, if a search has found some."""
         return {name: knobs[name].float() for name in self.stored if name in knobs}
 
 
+KERNELS = Path(__file__).with_name("ggml_search.c")
+COMPILED_CHUNK = 1 << 20  # values of a matrix in lower precision that one thread holds as float32
 ROW_CHUNK = 1 << 16  # values that are handled together: they and their temporaries fit the second-level cache
 
 

@@ -91,6 +91,13 @@ class KQuant(BlockCodec):
             return step, None
         return step, -(params["min"] * params["sub_min"]).reshape(-1, 1)
 
+    def results(self, groups: int) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+        """Super-scales, super-offsets, sub-scales and sub-offsets."""
+        blocks = groups * self.group // SUPER
+        shapes = {"scale": 1, "min": 1, "sub_scale": SUPER // self.group, "sub_min": SUPER // self.group}
+        every = {name: torch.empty(blocks, count) for name, count in shapes.items()}
+        return list(every.values()), {name: every[name] for name in self.stored}
+
     def pack(self, q: Quantized) -> Tensor:
         """Super-blocks in the order of ggml's structures."""
         params = {name: t.view(BYTE) if t.dtype == HALF else t for name, t in q.params.items()}

@@ -57,6 +57,11 @@ class Plain(BlockCodec):
         """The parameters themselves."""
         return params["scale"], params.get("offset")
 
+    def results(self, groups: int) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+        """Scale and, with offsets, offset of each group."""
+        named = {name: torch.empty(groups, 1) for name in self.stored}
+        return [named["scale"], named.get("offset")], named
+
     def pack(self, q: Quantized) -> Tensor:
         """Parameters, high bits, nibbles (or the signed bytes of q8_0)."""
         parts = [q.params[name].view(torch.uint8) for name in self.stored]

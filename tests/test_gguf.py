@@ -87,7 +87,7 @@ def test_rows_of_queries_and_keys_are_put_in_the_order_of_llama_cpp(llama, tmp_p
 
 
 def test_what_is_in_the_file_is_what_the_codec_made(llama, tmp_path):
-    data = {"dataset": models.samples(4), "seqlen": 32}
+    data = {"dataset": models.samples(4), "seqlen": 32, "low_cpu_mem_usage": False}
     job = AutoRound(
         llama, format="gguf:q4_k_s", iters=0, disable_model_free=True, model_dtype="float32", **data
     )

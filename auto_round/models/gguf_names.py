@@ -86,9 +86,27 @@ def _falcon_alibi(config: Config) -> str | None:
     return None
 
 
+def _windows_every(period: int) -> Callable[[Config], str | None]:
+    """llama.cpp knows one pattern: every so many-th block sees everything, the others a window."""
+
+    def refuse(config: Config) -> str | None:
+        kinds = config.get("layer_types") or []
+        wanted = [
+            "full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(len(kinds))
+        ]
+        if list(kinds) == wanted:
+            return None
+        return (
+            f"llama.cpp gives a sliding window to all blocks but every {period}th; layer_types says otherwise"
+        )
+
+    return refuse
+
+
 LLAMA = Architecture(
     name="llama", orders={"attn_q": _query_rows, "attn_k": _key_rows}, skipped=(".rotary_emb.inv_freq",)
 )
+GEMMA3 = Architecture(name="gemma3", norms_plus_one=True, refuses=_windows_every(6))
 QKV = {"attn_qkv": _per_head_qkv}
 ARCHITECTURES: Mapping[str, Architecture] = {
     "LlamaForCausalLM": LLAMA,
@@ -99,9 +117,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "Qwen3ForCausalLM": Architecture(name="qwen3"),
     "Qwen3MoeForCausalLM": Architecture(name="qwen3moe"),
     "GemmaForCausalLM": Architecture(name="gemma", norms_plus_one=True),
-    "Gemma2ForCausalLM": Architecture(name="gemma2", norms_plus_one=True),
-    "Gemma3ForCausalLM": Architecture(name="gemma3", norms_plus_one=True),
-    "Gemma3ForConditionalGeneration": Architecture(name="gemma3", norms_plus_one=True),
+    "Gemma2ForCausalLM": Architecture(name="gemma2", norms_plus_one=True, refuses=_windows_every(2)),
+    "Gemma3ForCausalLM": GEMMA3,
+    "Gemma3ForConditionalGeneration": GEMMA3,
     "Phi3ForCausalLM": Architecture(name="phi3"),
     "Olmo2ForCausalLM": Architecture(name="olmo2"),
     "GPT2LMHeadModel": Architecture(name="gpt2", rotary=False, skipped=(".attn.bias", ".attn.masked_bias")),

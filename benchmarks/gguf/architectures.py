@@ -62,7 +62,7 @@ KINDS = {
     "qwen3-moe": ("Qwen3Moe", {**LIKE, **EXPERTS, "head_dim": 64, "norm_topk_prob": True}),
     "gemma": ("Gemma", GEMMA),
     "gemma2": ("Gemma2", {**GEMMA, **WINDOWS, "query_pre_attn_scalar": 64}),
-    "gemma3": ("Gemma3", {**GEMMA, **WINDOWS, "query_pre_attn_scalar": 64}),
+    "gemma3": ("Gemma3", {**GEMMA, "num_hidden_layers": 6, "sliding_window": 16, "query_pre_attn_scalar": 64}),
     "phi3": ("Phi3", {**LIKE, "sliding_window": None}),
     "olmo2": ("Olmo2", LIKE),
     "gpt2": ("GPT2", {**GPT, "eos_token_id": 0}),
@@ -122,9 +122,8 @@ def in_llama(python, path, ids, folder):
 
 def fake_model(folder, type_, ids, out):
     """(path of the file, logits of the dequantized model in torch) for one type, by the tested package."""
-    job = AutoRound(
-        folder, format=f"gguf:{type_}", iters=0, nsamples=0, disable_model_free=True, model_dtype="float32"
-    )
+    whole = {"disable_model_free": True, "model_dtype": "float32", "low_cpu_mem_usage": False}
+    job = AutoRound(folder, format=f"gguf:{type_}", iters=0, nsamples=0, **whole)
     model, _ = job.quantize_and_save(out)
     (path,) = out.glob("*.gguf")
     with torch.no_grad():

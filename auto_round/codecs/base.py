@@ -63,6 +63,26 @@ class Codec(ABC):
         """Knobs that quantize every input within [low, high], 0-dim each: what is stored along with the layer."""
         raise SchemeError(f"{self.name} has no static range: use act_dynamic=True")
 
+    def holds_grid(self, spec: TensorSpec) -> bool:
+        """Whether each row has grids of its own that stay while weights move: `snap` and the next three are there."""
+        return False
+
+    def snap(self, values: Tensor, spec: TensorSpec, grid: Knobs) -> Tensor:
+        """The representable values nearest to `values`, given their grid: `Quantized.params`, broadcast to `values`."""
+        raise SchemeError(f"{self.name} cannot hold a grid")
+
+    def offsets(self, change: Tensor, spec: TensorSpec, grid: Knobs) -> Knobs:
+        """Knobs that make `quantize` round w + `change` in the place of w; `change` in groups, (G, K)."""
+        raise SchemeError(f"{self.name} cannot hold a grid")
+
+    def change(self, knobs: Knobs, spec: TensorSpec, grid: Knobs) -> Tensor | float:
+        """The inverse of `offsets`: by how much `knobs` move what is rounded, (G, K)."""
+        raise SchemeError(f"{self.name} cannot hold a grid")
+
+    def storable(self, scale: Tensor, spec: TensorSpec) -> Tensor:
+        """`scale` rounded to what the file can hold."""
+        raise SchemeError(f"{self.name} cannot hold a grid")
+
     def tuner(self, w: Tensor, spec: TensorSpec, fixed: Knobs) -> Callable[[Knobs], Tensor]:
         """A function from knobs to the fake weight, differentiable in them.
 

@@ -134,6 +134,27 @@ class Integer(Codec):
         zero = torch.as_tensor(grid.zero).to(torch.uint8).reshape(1)
         return {"scale": grid.scale.to(STORAGE[spec.scale_dtype]).reshape(1), "zero": zero}
 
+    def holds_grid(self, spec: TensorSpec) -> bool:
+        """In all groups along rows."""
+        return isinstance(spec.group, int) and spec.group != 0
+
+    def snap(self, values: Tensor, spec: TensorSpec, grid: Knobs) -> Tensor:
+        """scale * (nearest code - zero)."""
+        here = Grid(grid["scale"], grid.get("zero", float(middle(spec))))
+        return _codes(values, here, spec, None).sub_(here.zero).mul_(here.scale)
+
+    def offsets(self, change: Tensor, spec: TensorSpec, grid: Knobs) -> Knobs:
+        """The rounding offset, in codes."""
+        return {"round": change / grid["scale"]}
+
+    def change(self, knobs: Knobs, spec: TensorSpec, grid: Knobs) -> Tensor | float:
+        """The rounding offset, in weights."""
+        return knobs["round"] * grid["scale"] if "round" in knobs else 0.0
+
+    def storable(self, scale: Tensor, spec: TensorSpec) -> Tensor:
+        """`scale` in its storage dtype, not below the smallest magnitude that it holds."""
+        return _stored(scale, spec)
+
     def tuner(self, w: Tensor, spec: TensorSpec, fixed: Knobs) -> Callable[[Knobs], Tensor]:
         """Fused quantize-dequantize with a hand-written backward; float32 (O, I)."""
         groups = split(w.float(), spec.group)

@@ -95,7 +95,8 @@ class LiveBlock(Block):
     def observe(self, *, statistics: bool) -> None:
         """Run the original block over all samples: its targets, and the second moments of its layers' inputs."""
         plain = [name for name, layer in self._layers.items() if layer.piece is None]
-        hooks = [self._gather(name) for name in plain] if statistics else []
+        seen: list[tuple[Tensor, str]] = []
+        hooks = [self._gather(name, seen) for name in plain] if statistics else []
         experts = self._watched() if statistics else []
         self._targets = torch.empty_like(self._chain.plain)
         with ExitStack() as stack:
@@ -103,6 +104,7 @@ class LiveBlock(Block):
                 stack.enter_context(watched.watching())
             for rows in self.batches():
                 self._rows = rows
+                seen.clear()
                 self._targets[rows] = self._forward(self._chain.plain, rows, None).cpu()
         for hook in hooks:
             hook.remove()
@@ -133,21 +135,26 @@ class LiveBlock(Block):
             self._importance.update(watched.importance())
             self._limits.update(watched.limits())
 
-    def _gather(self, layer: str) -> torch.utils.hooks.RemovableHandle:
-        columns = self._layers[layer].shape[1]
-        whole = columns <= GRAM_MOST
-        total = torch.zeros((columns, columns) if whole else (columns,), device=self._execution.device)
-        self._importance[layer] = total
-        limits = self._limits[layer] = Limits()
+    def _gather(self, layer: str, seen: list[tuple[Tensor, str]]) -> torch.utils.hooks.RemovableHandle:
+        """Add up X'X of the inputs of `layer`; layers that get the very same tensor, `seen` in this pass, share it."""
 
         def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            for x, other in seen:
+                if x is args[0]:
+                    self._importance[layer], self._limits[layer] = self._importance[other], self._limits[other]
+                    return
+            seen.append((args[0], layer))
             x = args[0].detach().float()
             valid = self.valid(self._rows)
             # Padding must not count; a layer whose input has lost the (B, T) shape gets all of it.
             x = x[valid] if valid is not None and x.shape[:2] == valid.shape else x.flatten(0, -2)
-            limits.add(x)
+            self._limits.setdefault(layer, Limits()).add(x)
             with torch.autocast(x.device.type, enabled=False):
-                total.addmm_(x.t(), x) if whole else total.add_(x.square().sum(0))
+                if layer not in self._importance:
+                    width = x.shape[1]
+                    self._importance[layer] = x.new_zeros((width, width) if width <= GRAM_MOST else (width,))
+                total = self._importance[layer]
+                total.addmm_(x.t(), x) if total.ndim == 2 else total.add_(x.square().sum(0))
 
         return self.module.get_submodule(self._inside(layer)).register_forward_pre_hook(add)
 

@@ -9,17 +9,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from auto_round.codecs.base import fake
+from auto_round.codecs.base import codec_of, fake
+from auto_round.core.groups import group_size, merge, split
 from auto_round.core.plan import Plan
-from auto_round.core.quantized import NEUTRAL, Knobs
+from auto_round.core.quantized import NEUTRAL, Knobs, Quantized
 from auto_round.core.scheme import TensorSpec
 from auto_round.sources.base import Block, Needs, Source
 
 
 @dataclass(slots=True)
 class BlockReport:
-    """What a step found out about a block: losses by candidate, and which candidate was kept."""
+    """What a step found out about a block: losses by candidate, and which candidate was kept.
 
+    offers: the knobs that each step came up with, by name, for a later step that can compare them.
+    """
+
+    offers: dict[str, dict[str, Knobs]] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     kept: str = ""
     iterations: int = 0
@@ -55,6 +60,88 @@ def fakes_of(block: Block, plan: Plan, knobs: Mapping[str, Knobs]) -> dict[str, 
         name: fake(block.weights[name].float(), spec, knobs.get(name, NEUTRAL))
         for name, spec in specs_of(block, plan).items()
     }
+
+
+class Stack:
+    """Layers of one spec with the same inputs, row upon row: what a method that goes by layers works on at once.
+
+    weight: (R, I) float32, the rows of all layers. gram: (I, I), X'X of their inputs. grid: what `quantize` stored beside
+    the codes, (G, 1) each. moved: what is rounded on that grid in the place of the weight, (R, I); fake: what it becomes.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], gram: Tensor, spec: TensorSpec, knobs: Mapping[str, Knobs]
+    ) -> None:
+        self.gram, self.spec, self._codec = gram, spec, codec_of(spec)
+        self._before = {name: knobs.get(name, NEUTRAL) for name in weights}
+        self.weight = torch.cat([weight.float() for weight in weights.values()])
+        self.size = group_size((1, self.weight.shape[1]), spec.group)
+        made = [self._codec.quantize(weights[name], spec, own) for name, own in self._before.items()]
+        self.fake = torch.cat([self._codec.dequantize(q) for q in made])
+        self.grid = {key: torch.cat([q.params[key].float() for q in made]) for key in made[0].params}
+        self._groups = [len(q.params["scale"]) for q in made]
+        self.moved = torch.cat([self._moved(weights[n], own, q) for (n, own), q in zip(self._before.items(), made)])
+
+    def _moved(self, weight: Tensor, knobs: Knobs, q: Quantized) -> Tensor:
+        change = self._codec.change(knobs, self.spec, q.params)
+        return merge(split(weight.float(), self.spec.group) + change, q.shape, self.spec.group)
+
+    def columns(self) -> list[Knobs]:
+        """The grid of each column of groups, (R,) each."""
+        rows = len(self.weight)
+        apart = {key: value.reshape(rows, -1).t().contiguous() for key, value in self.grid.items()}
+        return [{key: value[j] for key, value in apart.items()} for j in range(len(apart["scale"]))]
+
+    def snap(self, values: Tensor, grid: Knobs) -> Tensor:
+        """What can be stored nearest to `values`."""
+        found = self._codec.snap(values, self.spec, grid)
+        assert found is not None, "a stack is made of layers whose codec can hold a grid"
+        return found
+
+    def scaled(self, factor: Tensor) -> Tensor:
+        """`moved` times a factor for each group, (G, 1): rounded on scales times that factor, it gives the same codes."""
+        groups = split(self.moved, self.spec.group) * factor
+        return merge(groups, (self.weight.shape[0], self.weight.shape[1]), self.spec.group)
+
+    def loss(self, fake: Tensor) -> Tensor:
+        """Output error of each row with the weight `fake`: the diagonal of D gram D', (R, 1)."""
+        difference = fake - self.weight
+        return ((difference @ self.gram) * difference).sum(1, keepdim=True)
+
+    def offer(self, moved: Tensor, scale: Tensor | None = None) -> None:
+        """Take rounding `moved` (R, I) on the grid, or on one of `scale` (G, 1), in the rows where it has less error."""
+        grid = self.grid if scale is None else {**self.grid, "scale": self._codec.storable(scale, self.spec)}
+        shape = (self.weight.shape[0], self.weight.shape[1])
+        fake = merge(self.snap(split(moved, self.spec.group), grid), shape, self.spec.group)
+        better = self.loss(fake) < self.loss(self.fake)
+        self.fake, self.moved = torch.where(better, fake, self.fake), torch.where(better, moved, self.moved)
+        chosen = better.repeat_interleave(len(grid["scale"]) // shape[0], 0)
+        self.grid = {key: torch.where(chosen, value, self.grid[key]) for key, value in grid.items()}
+
+    def knobs(self) -> dict[str, Knobs]:
+        """Layer -> its knobs, with the grid and the offsets found."""
+        change = split(self.moved - self.weight, self.spec.group)
+        every = {**self.grid, **self._codec.offsets(change, self.spec, self.grid)}
+        parts = {key: value.split(self._groups) for key, value in every.items()}
+        return {
+            name: {**own, **{key: part[i] for key, part in parts.items()}}
+            for i, (name, own) in enumerate(self._before.items())
+        }
+
+
+def stacks_of(block: Block, plan: Plan, knobs: Mapping[str, Knobs]) -> list[Stack]:
+    """The layers of `block` that have a Gram matrix, and a codec and groups that can hold a grid."""
+    alike: dict[tuple[int, TensorSpec], list[str]] = {}
+    grams: dict[int, Tensor] = {}
+    for name, spec in specs_of(block, plan).items():
+        gram = block.importance(name)
+        if gram is not None and gram.ndim == 2 and codec_of(spec).holds_grid(spec):
+            grams[id(gram)] = gram
+            alike.setdefault((id(gram), spec), []).append(name)
+    return [
+        Stack({name: block.weights[name] for name in names}, grams[key], spec, knobs)
+        for (key, spec), names in alike.items()
+    ]
 
 
 def output_loss(out: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:

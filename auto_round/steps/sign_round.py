@@ -18,27 +18,46 @@ from torch import Tensor
 from auto_round.codecs.base import codec_of
 from auto_round.core.errors import AutoRoundError
 from auto_round.core.plan import Plan
-from auto_round.core.quantized import NEUTRAL, Knob, Knobs
+from auto_round.core.quantized import NEUTRAL, Knobs
 from auto_round.core.scheme import TensorSpec
 from auto_round.sources.base import Block, Needs
 from auto_round.steps.base import BlockReport, Step, fakes_of, loss_on, output_loss, specs_of
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 8, 16  # an eighth of the samples, at most 16
-CHECKS, CHECK_STEPS = (
-    20,
-    5,
-)  # the held-out loss is measured that often while tuning, at least so many steps apart
+CHECKS, CHECK_STEPS = 10, 5  # the held-out loss is measured that often while tuning, at least so many steps apart
 LOSS_FACTOR = 1000.0  # keeps small gradients out of underflow; their sign is all that counts
 MANY_ITERS, FEW_BITS = 1000, 3  # from that many iterations on, layers of few bits learn at twice the rate
 
 
 @dataclass(slots=True)
 class Trainable:
-    """One tuned tensor with its bounds and learning rate."""
+    """One tuned tensor with its bounds, its learning rate, and its best value so far."""
 
     value: Tensor
-    knob: Knob
+    low: Tensor | float
+    high: Tensor | float
     rate: float
+    best: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Layers of one spec and one width, tuned as one matrix, row upon row: one fake weight for all of them."""
+
+    names: tuple[str, ...]
+    rows: list[int]
+    tuner: Callable[[Knobs], Tensor]
+    tuned: dict[str, Trainable]
+
+    def fakes(self) -> dict[str, Tensor]:
+        """Layer -> its weight under the present knobs, differentiable in them."""
+        whole = self.tuner({key: t.value for key, t in self.tuned.items()})
+        return dict(zip(self.names, whole.split(self.rows)))
+
+    def best(self) -> dict[str, dict[str, Tensor]]:
+        """Layer -> its best knobs."""
+        parts = {key: _by_layer(t.best, self.rows) for key, t in self.tuned.items()}
+        return {name: {key: part[i] for key, part in parts.items()} for i, name in enumerate(self.names)}
 
 
 @dataclass(kw_only=True)
@@ -58,6 +77,7 @@ class SignRound(Step):
     adam: bool = False
     momentum: float = 0.0
     best_state: bool = True
+    offset_share: float = 0.5
     seed: int = 42
     needs: Needs = field(default=Needs.FORWARD, init=False)
     requires: Needs = field(default=Needs.FORWARD, init=False)
@@ -65,19 +85,17 @@ class SignRound(Step):
     def block(
         self, block: Block, plan: Plan, knobs: dict[str, Knobs], report: BlockReport
     ) -> dict[str, Knobs]:
-        """The best of tuned, incoming (searched) and neutral knobs on the held-out samples."""
+        """The best of tuned, incoming and neutral knobs on the held-out samples."""
         specs = specs_of(block, plan)
         if not specs or not block.samples:  # what cannot be run keeps what it came with
             return knobs
         train, held_out = _split_samples(block.samples)
-        candidates: dict[str, dict[str, Knobs]] = {"plain": dict(block.tied)}
-        if any(own is not block.tied.get(name) for name, own in knobs.items()):
-            candidates["searched"] = knobs
+        candidates: dict[str, dict[str, Knobs]] = {"plain": dict(block.tied), **report.offers}
         for name, candidate in candidates.items():
             report.losses[name] = loss_on(block, held_out, fakes_of(block, plan, candidate), self.batch_size)
         start = min(report.losses, key=lambda name: report.losses[name])
         candidates["tuned"], report.losses["tuned"] = self._tune(
-            block, specs, candidates[start], (train, held_out)
+            block, specs, candidates[start], (train, held_out), report.losses[start]
         )
         report.kept = min(report.losses, key=lambda name: report.losses[name])
         report.iterations = self.iters
@@ -89,53 +107,76 @@ class SignRound(Step):
         specs: Mapping[str, TensorSpec],
         start: Mapping[str, Knobs],
         samples: tuple[list[int], list[int]],
+        start_loss: float,
     ) -> tuple[dict[str, Knobs], float]:
         """(knobs, held-out loss) after `iters` sign steps from `start`."""
         train, held_out = samples
-        tuners = {n: codec_of(s).tuner(block.weights[n], s, start.get(n, NEUTRAL)) for n, s in specs.items()}
-        trainables = {n: self._trainables(s, block.weights[n]) for n, s in specs.items()}
-        best, best_loss = _snapshot(trainables), math.inf
-        update = self._optimizer([t for tensors in trainables.values() for t in tensors.values()])
-        batches = _batches(train, self.batch_size * self.gradient_accumulate_steps, self._generator(block))
-        for step in range(self.iters + 1):
-            if self.best_state and (step % max(CHECK_STEPS, self.iters // CHECKS) == 0 or step == self.iters):
-                loss = self._held_out_loss(block, tuners, trainables, held_out)
+        batches = [self._batch(block, names, specs[names[0]], start) for names in _alike(block, specs)]
+        trainables = [t for batch in batches for t in batch.tuned.values()]
+        best_loss, update = start_loss if self.best_state else math.inf, self._optimizer(trainables)
+        draws = _draws(train, self.batch_size * self.gradient_accumulate_steps, self._generator(block))
+        checks = self._checks()
+        for step in range(1, self.iters + 1):
+            self._accumulate(block, batches, next(draws))
+            update(1 - (step - 1) / self.iters)
+            if step in checks:
+                with torch.no_grad():
+                    loss = loss_on(block, held_out, _fakes(batches), self.batch_size)
                 if loss < best_loss:
-                    best, best_loss = _snapshot(trainables), loss
-            if step < self.iters:
-                self._accumulate(block, tuners, trainables, next(batches))
-                update(1 - step / self.iters)
-        if not self.best_state:
-            best, best_loss = _snapshot(trainables), self._held_out_loss(block, tuners, trainables, held_out)
+                    best_loss = loss
+                    for t in trainables:
+                        t.best.copy_(t.value.detach())
         if not math.isfinite(best_loss):
             raise AutoRoundError(
                 f"{block.name}: the loss is {best_loss}; the block's output is not finite on this data"
             )
+        best = {name: own for batch in batches for name, own in batch.best().items()}
         return {name: {**start.get(name, NEUTRAL), **best[name]} for name in specs}, best_loss
 
-    def _trainables(self, spec: TensorSpec, weight: Tensor) -> dict[str, Trainable]:
+    def _checks(self) -> set[int]:
+        """The steps after which the held-out loss is measured: the last one, and regular ones before it."""
+        if not self.best_state:
+            return {self.iters}
+        return set(range(self.iters, 0, -max(CHECK_STEPS, self.iters // CHECKS)))
+
+    def _batch(
+        self, block: Block, names: tuple[str, ...], spec: TensorSpec, start: Mapping[str, Knobs]
+    ) -> Batch:
+        rows = [len(block.weights[name]) for name in names]
+        own = [start.get(name, NEUTRAL) for name in names]
+        fixed = {key: own[0][key] for key in own[0]}
+        weight = block.weights[names[0]]
+        if len(names) > 1:
+            weight = torch.cat([block.weights[name] for name in names])
+            shared = set.intersection(*(set(knobs) for knobs in own))
+            fixed = {key: torch.cat([knobs[key] for knobs in own]) for key in shared}
+        return Batch(names, rows, codec_of(spec).tuner(weight, spec, fixed), self._trainables(spec, weight, fixed))
+
+    def _trainables(self, spec: TensorSpec, weight: Tensor, start: Knobs) -> dict[str, Trainable]:
         rate = self.lr or 1 / self.iters
         if self.lr is None and self.iters >= MANY_ITERS and spec.bits <= FEW_BITS:
             rate *= 2
         found = {}
         for name, knob in codec_of(spec).knobs(spec, (weight.shape[0], weight.shape[1])).items():
-            if knob.per_value or self.minmax:
-                own = rate if knob.per_value else (self.minmax_lr or rate)
-                value = torch.full(knob.shape, knob.neutral, device=weight.device, requires_grad=True)
-                found[name] = Trainable(value, knob, own)
+            if not knob.per_value and not self.minmax:
+                continue
+            own = rate if knob.per_value else (self.minmax_lr or rate)
+            first = start.get(name, torch.full(knob.shape, knob.neutral, device=weight.device))
+            if knob.per_value:
+                first = first * self.offset_share
+            # A range that was searched may also grow; one that spans all values of its group only shrinks.
+            high = knob.high if knob.per_value or not start else 2 * knob.neutral - knob.low
+            bounds = (first + (knob.low - knob.neutral), first + (high - knob.neutral))
+            if name not in start:
+                bounds = (knob.low, high)
+            found[name] = Trainable(first.clone().requires_grad_(), *bounds, own, first.clone())
         return found
 
-    def _accumulate(
-        self,
-        block: Block,
-        tuners: Mapping[str, Callable[[Knobs], Tensor]],
-        trainables: Mapping[str, dict[str, Trainable]],
-        rows: list[int],
-    ) -> None:
+    def _accumulate(self, block: Block, batches: list[Batch], rows: list[int]) -> None:
         """Gradients of the loss over the samples `rows`, in micro-batches."""
         for start in range(0, len(rows), self.batch_size):
             part = rows[start : start + self.batch_size]
-            out = block.run(part, _fakes(tuners, trainables))
+            out = block.run(part, _fakes(batches))
             share = len(part) / len(rows)
             (output_loss(out, block.target(part), block.valid(part)) * (LOSS_FACTOR * share)).backward()
 
@@ -171,16 +212,6 @@ class SignRound(Step):
 
         return sign_step
 
-    def _held_out_loss(
-        self,
-        block: Block,
-        tuners: Mapping[str, Callable[[Knobs], Tensor]],
-        trainables: Mapping[str, dict[str, Trainable]],
-        rows: list[int],
-    ) -> float:
-        with torch.no_grad():
-            return loss_on(block, rows, _fakes(tuners, trainables), self.batch_size)
-
     def _generator(self, block: Block) -> torch.Generator:
         # The block's name goes into the seed, so that a resumed run draws the same samples. One 32-bit number of both:
         # torch ignores the upper half of a seed on the CPU.
@@ -194,7 +225,7 @@ def _split_samples(count: int) -> tuple[list[int], list[int]]:
     return train, list(range(count - held, count))
 
 
-def _batches(rows: list[int], size: int, generator: torch.Generator) -> Iterator[list[int]]:
+def _draws(rows: list[int], size: int, generator: torch.Generator) -> Iterator[list[int]]:
     """Endless batches of distinct samples; every sample is used before any is used again."""
     size = min(size, len(rows))
     ring: list[int] = []
@@ -205,20 +236,25 @@ def _batches(rows: list[int], size: int, generator: torch.Generator) -> Iterator
         ring = ring[size:]
 
 
-def _fakes(
-    tuners: Mapping[str, Callable[[Knobs], Tensor]], trainables: Mapping[str, dict[str, Trainable]]
-) -> dict[str, Tensor]:
-    return {name: tuner({k: t.value for k, t in trainables[name].items()}) for name, tuner in tuners.items()}
+def _alike(block: Block, specs: Mapping[str, TensorSpec]) -> list[tuple[str, ...]]:
+    """The layers of `block` in batches; those whose rows are not independent of one another are alone."""
+    found: dict[object, list[str]] = {}
+    for name, spec in specs.items():
+        apart = codec_of(spec).holds_grid(spec)
+        found.setdefault((spec, block.weights[name].shape[1]) if apart else name, []).append(name)
+    return [tuple(names) for names in found.values()]
 
 
-def _snapshot(trainables: Mapping[str, dict[str, Trainable]]) -> dict[str, dict[str, Tensor]]:
-    return {
-        name: {k: t.value.detach().clone() for k, t in tensors.items()}
-        for name, tensors in trainables.items()
-    }
+def _by_layer(tensor: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
+    per_row = len(tensor) // sum(rows) if len(rows) > 1 else 1
+    return tensor.split([count * per_row for count in rows]) if len(rows) > 1 else (tensor,)
+
+
+def _fakes(batches: list[Batch]) -> dict[str, Tensor]:
+    return {name: weight for batch in batches for name, weight in batch.fakes().items()}
 
 
 @torch.no_grad()
 def _clamp(trainables: list[Trainable]) -> None:
     for t in trainables:
-        t.value.clamp_(t.knob.low, t.knob.high)
+        t.value.clamp_(t.low, t.high)  # type: ignore[arg-type]

@@ -1,0 +1,60 @@
+"""Scales by least squares after rounding: the codes stay, the scales of a row are solved for together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from auto_round.core.plan import Plan
+from auto_round.core.quantized import Knobs
+from auto_round.sources.base import Block, Needs
+from auto_round.steps.base import BlockReport, Stack, Step, stacks_of
+
+RIDGE = 1e-4  # share of the mean power of a row's groups
+ROWS = 1 << 24  # values of the products that are in memory at once
+
+
+@dataclass(kw_only=True)
+class Refit(Step):
+    """Scales, in storage dtype, of least output error for the codes at hand; kept in the rows where they lower it."""
+
+    needs: Needs = Needs.STATISTICS
+
+    def block(
+        self, block: Block, plan: Plan, knobs: dict[str, Knobs], report: BlockReport
+    ) -> dict[str, Knobs]:
+        """`knobs` with new scales, and with offsets that keep the codes."""
+        found = dict(knobs)
+        for stack in stacks_of(block, plan, knobs):
+            factor = best_factors(stack)
+            stack.offer(stack.scaled(factor), stack.grid["scale"] * factor)
+            found |= stack.knobs()
+        report.kept, report.offers["refit"] = "refit", found
+        return found
+
+
+def best_factors(stack: Stack) -> Tensor:
+    """By what to multiply each group of the fake weight for least tr(D gram D'), (G, 1); 1 where that would be absurd.
+
+    The normal equations of a row: sum_h f_h F_g gram_gh F_h' = F_g gram w', F_g the part of its fake weight in group g.
+    """
+    rows, columns = stack.weight.shape
+    count = -(-columns // stack.size)
+    found = []
+    for part in torch.arange(rows, device=stack.weight.device).split(max(1, ROWS // (count * columns))):
+        fake = stack.fake[part]
+        spread = torch.zeros(len(part), count, columns, device=fake.device)
+        for g in range(count):
+            here = slice(g * stack.size, (g + 1) * stack.size)
+            spread[:, g, here] = fake[:, here]
+        seen = spread @ stack.gram
+        system = seen @ spread.transpose(1, 2)
+        wanted = seen @ stack.weight[part].unsqueeze(-1)
+        power = system.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+        system += torch.diag_embed((RIDGE * power).unsqueeze(1).expand(-1, count))
+        wanted += (RIDGE * power)[:, None, None]
+        found.append(torch.linalg.solve(system, wanted).reshape(-1, 1))
+    factors = torch.cat(found)
+    return torch.where((factors > 0.25) & (factors < 4.0), factors, torch.ones_like(factors))

@@ -27,6 +27,7 @@ from auto_round.jobs.journal import Journal, Resumed
 from auto_round.jobs.ledger import Ledger
 from auto_round.jobs.manifest import manifest
 from auto_round.jobs.quantize import Observer, Pass, quantize
+from auto_round.jobs.starts import start
 from auto_round.jobs.stream import Locked, stream
 from auto_round.jobs.workers import cores
 from auto_round.models import load
@@ -46,7 +47,6 @@ from auto_round.sources.kv_cache import cache_ranges
 from auto_round.sources.tensors import TensorSource
 from auto_round.steps.base import Step
 from auto_round.steps.inputs import InputRanges, needs_calibration
-from auto_round.steps.search import Search
 from auto_round.steps.sign_round import SignRound
 from auto_round.version import __version__
 
@@ -269,8 +269,7 @@ class AutoRound:
         found: list[Step] = []
         if any(scheme.act is not None for scheme in plan.values()):
             found.append(InputRanges(calibrated=needs_calibration(plan)))
-        if not numbers.disable_opt_rtn:
-            found.append(Search())
+        found += start(self.options.start_of(numbers))
         if numbers.iters:
             found.append(
                 SignRound(
@@ -283,6 +282,7 @@ class AutoRound:
                     adam=options.enable_adam,
                     momentum=options.momentum,
                     best_state=not options.not_use_best_mse,
+                    published=options.algorithm == "sign_round_published",
                     seed=options.seed,
                 )
             )

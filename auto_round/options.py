@@ -39,6 +39,7 @@ class Options:
 
     recipe: str = "default"
     algorithm: str | None = None
+    start: str | None = None
     alg_configs: Any = None
     iters: int | None = None
     lr: float | None = None
@@ -110,6 +111,8 @@ class Options:
                 raise NotYetError(f"{name}={values[name]!r}: {sentence}")
         if self.enable_torch_compile:
             raise NotYetError("enable_torch_compile=True: compiled blocks are not there yet; leave it out")
+        if self.start not in (None, *STARTS):
+            raise PlanError(f"start must be one of {', '.join(STARTS)}, got {self.start!r}")
         for name, least in AT_LEAST.items():
             value = values[name]
             if value is not None and (isinstance(value, bool) or value < least):
@@ -128,7 +131,7 @@ class Options:
             disable = said(self.disable_opt_rtn, True)
         return Recipe(
             iters=0
-            if self.algorithm in ("rtn", "opt_rtn")
+            if self.algorithm in ("rtn", "opt_rtn", "gptq")
             else said(self.iters, 0 if self.model_free else base.iters),
             nsamples=said(self.nsamples, base.nsamples),
             seqlen=said(self.seqlen, base.seqlen),
@@ -136,6 +139,12 @@ class Options:
             lr=said(self.lr, base.lr),
             disable_opt_rtn=disable and not self.enable_opt_rtn,
         )
+
+    def start_of(self, numbers: Recipe) -> str:
+        """The start said, or the best known one for what follows: see `recipes.start`."""
+        if self.algorithm == "sign_round_published" or (numbers.disable_opt_rtn and self.start is None):
+            return "none"
+        return self.start or ("gptq" if numbers.iters or self.algorithm == "gptq" else "search")
 
 
 ALIASES = {
@@ -152,6 +161,8 @@ ALIASES = {
     "algorithms": "algorithm",
 }
 """Other spellings of keywords."""
+
+STARTS = ("gptq", "search", "none")
 
 AT_LEAST = {
     "iters": 0,

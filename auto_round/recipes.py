@@ -11,10 +11,12 @@ ALGORITHMS = {
     "autoround": "sign_round",
     "sign_round": "sign_round",
     "signround": "sign_round",
+    "sign_round_published": "sign_round_published",
+    "gptq": "gptq",
     "rtn": "rtn",
     "opt_rtn": "opt_rtn",
 }
-PLANNED = ("awq", "gptq", "svdquant", "hadamard", "random_hadamard", "quarot_hadamard", "spinquant", "quarot")
+PLANNED = ("awq", "svdquant", "hadamard", "random_hadamard", "quarot_hadamard", "spinquant", "quarot")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -92,8 +92,16 @@ class Tuning:
     """Algorithm and its numbers; what is not said comes from the recipe."""
 
     algorithm: Annotated[
-        Text, _flag("algorithm", "algorithms", "alg", "algs", help="auto_round, opt_rtn or rtn.")
+        Text,
+        _flag(
+            "algorithm",
+            "algorithms",
+            "alg",
+            "algs",
+            help="auto_round, sign_round_published, gptq, opt_rtn or rtn.",
+        ),
     ] = None
+    start: Annotated[Text, _flag("start", help="Before tuning: gptq (default), search or none.")] = None
     iters: Annotated[Number, _flag("iters", "iter", help="Sign steps per block; 0: round to nearest.")] = None
     lr: Annotated[Real, _flag("lr", help="Step size; default 1 / iters.")] = None
     minmax_lr: Annotated[Real, _flag("minmax-lr", help="Step size of the ranges; default lr.")] = None

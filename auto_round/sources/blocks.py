@@ -141,7 +141,10 @@ class LiveBlock(Block):
         def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             for x, other in seen:
                 if x is args[0]:
-                    self._importance[layer], self._limits[layer] = self._importance[other], self._limits[other]
+                    self._importance[layer], self._limits[layer] = (
+                        self._importance[other],
+                        self._limits[other],
+                    )
                     return
             seen.append((args[0], layer))
             x = args[0].detach().float()

@@ -19,12 +19,8 @@ from auto_round.sources.base import Block, Needs, Source
 
 @dataclass(slots=True)
 class BlockReport:
-    """What a step found out about a block: losses by candidate, and which candidate was kept.
+    """What a step found out about a block: losses by candidate, and which candidate was kept."""
 
-    offers: the knobs that each step came up with, by name, for a later step that can compare them.
-    """
-
-    offers: dict[str, dict[str, Knobs]] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     kept: str = ""
     iterations: int = 0
@@ -65,8 +61,8 @@ def fakes_of(block: Block, plan: Plan, knobs: Mapping[str, Knobs]) -> dict[str, 
 class Stack:
     """Layers of one spec with the same inputs, row upon row: what a method that goes by layers works on at once.
 
-    weight: (R, I) float32, the rows of all layers. gram: (I, I), X'X of their inputs. grid: what `quantize` stored beside
-    the codes, (G, 1) each. moved: what is rounded on that grid in the place of the weight, (R, I); fake: what it becomes.
+    weight: (R, I) float32, the rows of all layers. gram: (I, I), X'X of their inputs. grid: what `quantize` stored
+    beside the codes, (G, 1) each. moved: what is rounded on it in the place of weight, (R, I); fake: what it becomes.
     """
 
     def __init__(
@@ -80,7 +76,9 @@ class Stack:
         self.fake = torch.cat([self._codec.dequantize(q) for q in made])
         self.grid = {key: torch.cat([q.params[key].float() for q in made]) for key in made[0].params}
         self._groups = [len(q.params["scale"]) for q in made]
-        self.moved = torch.cat([self._moved(weights[n], own, q) for (n, own), q in zip(self._before.items(), made)])
+        self.moved = torch.cat(
+            [self._moved(weights[n], own, q) for (n, own), q in zip(self._before.items(), made)]
+        )
 
     def _moved(self, weight: Tensor, knobs: Knobs, q: Quantized) -> Tensor:
         change = self._codec.change(knobs, self.spec, q.params)
@@ -99,7 +97,7 @@ class Stack:
         return found
 
     def scaled(self, factor: Tensor) -> Tensor:
-        """`moved` times a factor for each group, (G, 1): rounded on scales times that factor, it gives the same codes."""
+        """`moved` times a factor for each group, (G, 1); on scales times that factor it has the same codes."""
         groups = split(self.moved, self.spec.group) * factor
         return merge(groups, (self.weight.shape[0], self.weight.shape[1]), self.spec.group)
 
@@ -109,7 +107,7 @@ class Stack:
         return ((difference @ self.gram) * difference).sum(1, keepdim=True)
 
     def offer(self, moved: Tensor, scale: Tensor | None = None) -> None:
-        """Take rounding `moved` (R, I) on the grid, or on one of `scale` (G, 1), in the rows where it has less error."""
+        """Take `moved` (R, I), rounded on the grid or on one of `scale` (G, 1), in the rows where it has less error."""
         grid = self.grid if scale is None else {**self.grid, "scale": self._codec.storable(scale, self.spec)}
         shape = (self.weight.shape[0], self.weight.shape[1])
         fake = merge(self.snap(split(moved, self.spec.group), grid), shape, self.spec.group)

@@ -1,8 +1,8 @@
 """GPTQ (arXiv:2210.17323): round column after column, and let the columns still to come make up for each error.
 
 The grid is the one found before and stays: so columns may go in any order, that of their importance, and files need no
-`g_idx`. What comes out is a rounding offset for every weight: where GPTQ wanted it when its turn came. Rounding that gives
-GPTQ's codes; tuning may start from it, and changes first the weights that lie near the middle between two codes.
+`g_idx`. What comes out is a rounding offset for every weight: where GPTQ wanted it when its turn came. Rounding that
+gives GPTQ's codes; tuning may start there, and changes first the weights that lie near the middle between two codes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from auto_round.core.quantized import Knobs
 from auto_round.sources.base import Block, Needs
 from auto_round.steps.base import BlockReport, Stack, Step, stacks_of
 
-DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)  # shares of the mean second moment, tried in turn until H can be inverted
+DAMPING = (
+    0.01,
+    0.03,
+    0.1,
+    0.3,
+    1.0,
+)  # shares of the mean second moment, tried in turn until H can be inverted
 COLUMNS = 64  # columns whose errors are passed on to the rest at once
 
 
@@ -41,7 +47,7 @@ class Gptq(Step):
             for _ in range(self.sweeps):
                 stack.offer(swept(stack))
             found |= stack.knobs()
-        report.kept, report.offers["gptq"] = "gptq", found
+        report.kept = "gptq"
         return found
 
 
@@ -56,7 +62,8 @@ def inverse_factor(gram: Tensor) -> Tensor:
         if not bool(failed):
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not bool(failed):
-                return upper
+                factor: Tensor = upper
+                return factor
     return torch.diag((gram.diagonal() + mean).rsqrt())
 
 

@@ -23,5 +23,5 @@ class Search(Step):
             before = knobs.get(name, NEUTRAL)
             better = codec_of(spec).search(block.weights[name], spec, block.importance(name), before)
             found[name] = {**before, **better}
-        report.kept, report.offers["searched"] = "searched", found
+        report.kept = "searched"
         return found

@@ -1,8 +1,8 @@
 """SignRound: signed gradient descent on rounding offsets and range factors (arXiv:2309.05516, Eq. 3 and Algorithm 1).
 
-Two repairs of the published procedure: the best state is chosen on samples that are held out from training, not on each
-step's own random batch; and what is kept is the best of tuned, searched and plain rounding on those samples, so that a
-block is never worse than optimised RTN.
+Three repairs of the published procedure: tuning starts from what the steps before it found; the best state is chosen on
+samples that are held out from training, not on each step's own random batch; and what is kept is the best of tuned,
+start and plain rounding on those samples.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from auto_round.sources.base import Block, Needs
 from auto_round.steps.base import BlockReport, Step, fakes_of, loss_on, output_loss, specs_of
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 8, 16  # an eighth of the samples, at most 16
-CHECKS, CHECK_STEPS = 10, 5  # the held-out loss is measured that often while tuning, at least so many steps apart
+CHECKS, CHECK_STEPS = (
+    10,
+    5,
+)  # the held-out loss is measured that often while tuning, at least so many steps apart
 LOSS_FACTOR = 1000.0  # keeps small gradients out of underflow; their sign is all that counts
 MANY_ITERS, FEW_BITS = 1000, 3  # from that many iterations on, layers of few bits learn at twice the rate
 
@@ -34,8 +37,8 @@ class Trainable:
     """One tuned tensor with its bounds, its learning rate, and its best value so far."""
 
     value: Tensor
-    low: Tensor | float
-    high: Tensor | float
+    low: Tensor
+    high: Tensor
     rate: float
     best: Tensor
 
@@ -64,6 +67,9 @@ class Batch:
 class SignRound(Step):
     """Tunes the knobs of all layers of a block together, against the block's float output.
 
+    offset_share: how much of the rounding offsets found before to start from. Half way to nearest rounding, more
+    weights lie near the middle between two codes and can still change. published: as in the paper, all samples are
+    trained on, the best state is that of the step with the least loss on its own batch, and it is kept in any case.
     lr: step size, default 1 / iters, so that the linearly decaying steps add up to half a code.
     minmax_lr: step size of the range factors, default lr. adam: AdamW instead of the sign of the gradient.
     """
@@ -78,6 +84,7 @@ class SignRound(Step):
     momentum: float = 0.0
     best_state: bool = True
     offset_share: float = 0.5
+    published: bool = False
     seed: int = 42
     needs: Needs = field(default=Needs.FORWARD, init=False)
     requires: Needs = field(default=Needs.FORWARD, init=False)
@@ -89,15 +96,17 @@ class SignRound(Step):
         specs = specs_of(block, plan)
         if not specs or not block.samples:  # what cannot be run keeps what it came with
             return knobs
-        train, held_out = _split_samples(block.samples)
-        candidates: dict[str, dict[str, Knobs]] = {"plain": dict(block.tied), **report.offers}
+        train, held_out = self._split_samples(block.samples)
+        candidates: dict[str, dict[str, Knobs]] = {"plain": dict(block.tied)}
+        if any(own is not block.tied.get(name) for name, own in knobs.items()):
+            candidates[report.kept] = knobs
         for name, candidate in candidates.items():
             report.losses[name] = loss_on(block, held_out, fakes_of(block, plan, candidate), self.batch_size)
         start = min(report.losses, key=lambda name: report.losses[name])
         candidates["tuned"], report.losses["tuned"] = self._tune(
             block, specs, candidates[start], (train, held_out), report.losses[start]
         )
-        report.kept = min(report.losses, key=lambda name: report.losses[name])
+        report.kept = "tuned" if self.published else min(report.losses, key=lambda name: report.losses[name])
         report.iterations = self.iters
         return candidates[report.kept]
 
@@ -113,19 +122,20 @@ class SignRound(Step):
         train, held_out = samples
         batches = [self._batch(block, names, specs[names[0]], start) for names in _alike(block, specs)]
         trainables = [t for batch in batches for t in batch.tuned.values()]
-        best_loss, update = start_loss if self.best_state else math.inf, self._optimizer(trainables)
+        best_loss, update = start_loss, self._optimizer(trainables)
+        if self.published or not self.best_state:
+            best_loss = math.inf
         draws = _draws(train, self.batch_size * self.gradient_accumulate_steps, self._generator(block))
         checks = self._checks()
         for step in range(1, self.iters + 1):
-            self._accumulate(block, batches, next(draws))
+            loss = self._accumulate(block, batches, next(draws))
+            if self.published and self.best_state:
+                best_loss = _keep(trainables, loss.item(), best_loss)
             update(1 - (step - 1) / self.iters)
             if step in checks:
                 with torch.no_grad():
-                    loss = loss_on(block, held_out, _fakes(batches), self.batch_size)
-                if loss < best_loss:
-                    best_loss = loss
-                    for t in trainables:
-                        t.best.copy_(t.value.detach())
+                    held = loss_on(block, held_out, _fakes(batches), self.batch_size)
+                best_loss = _keep(trainables, held, best_loss)
         if not math.isfinite(best_loss):
             raise AutoRoundError(
                 f"{block.name}: the loss is {best_loss}; the block's output is not finite on this data"
@@ -135,6 +145,8 @@ class SignRound(Step):
 
     def _checks(self) -> set[int]:
         """The steps after which the held-out loss is measured: the last one, and regular ones before it."""
+        if self.published and self.best_state:
+            return set()
         if not self.best_state:
             return {self.iters}
         return set(range(self.iters, 0, -max(CHECK_STEPS, self.iters // CHECKS)))
@@ -150,14 +162,16 @@ class SignRound(Step):
             weight = torch.cat([block.weights[name] for name in names])
             shared = set.intersection(*(set(knobs) for knobs in own))
             fixed = {key: torch.cat([knobs[key] for knobs in own]) for key in shared}
-        return Batch(names, rows, codec_of(spec).tuner(weight, spec, fixed), self._trainables(spec, weight, fixed))
+        return Batch(
+            names, rows, codec_of(spec).tuner(weight, spec, fixed), self._trainables(spec, weight, fixed)
+        )
 
     def _trainables(self, spec: TensorSpec, weight: Tensor, start: Knobs) -> dict[str, Trainable]:
         rate = self.lr or 1 / self.iters
         if self.lr is None and self.iters >= MANY_ITERS and spec.bits <= FEW_BITS:
             rate *= 2
-        found = {}
-        for name, knob in codec_of(spec).knobs(spec, (weight.shape[0], weight.shape[1])).items():
+        codec, found = codec_of(spec), {}
+        for name, knob in codec.knobs(spec, (weight.shape[0], weight.shape[1])).items():
             if not knob.per_value and not self.minmax:
                 continue
             own = rate if knob.per_value else (self.minmax_lr or rate)
@@ -165,20 +179,23 @@ class SignRound(Step):
             if knob.per_value:
                 first = first * self.offset_share
             # A range that was searched may also grow; one that spans all values of its group only shrinks.
-            high = knob.high if knob.per_value or not start else 2 * knob.neutral - knob.low
-            bounds = (first + (knob.low - knob.neutral), first + (high - knob.neutral))
-            if name not in start:
-                bounds = (knob.low, high)
-            found[name] = Trainable(first.clone().requires_grad_(), *bounds, own, first.clone())
+            searched = bool(start) and codec.holds_grid(spec) and not knob.per_value
+            most = 2 * knob.neutral - knob.low if searched else knob.high
+            low, high = first + (knob.low - knob.neutral), first + (most - knob.neutral)
+            found[name] = Trainable(first.clone().requires_grad_(), low, high, own, first.clone())
         return found
 
-    def _accumulate(self, block: Block, batches: list[Batch], rows: list[int]) -> None:
-        """Gradients of the loss over the samples `rows`, in micro-batches."""
+    def _accumulate(self, block: Block, batches: list[Batch], rows: list[int]) -> Tensor:
+        """The loss over the samples `rows`, (); its gradients are added up in micro-batches."""
+        total = torch.zeros(())
         for start in range(0, len(rows), self.batch_size):
             part = rows[start : start + self.batch_size]
             out = block.run(part, _fakes(batches))
             share = len(part) / len(rows)
-            (output_loss(out, block.target(part), block.valid(part)) * (LOSS_FACTOR * share)).backward()
+            loss = output_loss(out, block.target(part), block.valid(part)) * share
+            (loss * LOSS_FACTOR).backward()
+            total = total.to(loss.device) + loss.detach()
+        return total
 
     def _optimizer(self, trainables: list[Trainable]) -> Callable[[float], None]:
         """A function that takes one step with the rates times its argument and clears the gradients."""
@@ -212,17 +229,16 @@ class SignRound(Step):
 
         return sign_step
 
+    def _split_samples(self, count: int) -> tuple[list[int], list[int]]:
+        """(training, held out) sample numbers. A single sample serves as both."""
+        held = max(1, min(HELD_OUT_MOST, count // HELD_OUT_SHARE))
+        train = list(range(count if self.published else count - held)) or list(range(count))
+        return train, list(range(count - held, count))
+
     def _generator(self, block: Block) -> torch.Generator:
         # The block's name goes into the seed, so that a resumed run draws the same samples. One 32-bit number of both:
         # torch ignores the upper half of a seed on the CPU.
         return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {block.name}".encode()))
-
-
-def _split_samples(count: int) -> tuple[list[int], list[int]]:
-    """(training, held out) sample numbers. A single sample serves as both."""
-    held = max(1, min(HELD_OUT_MOST, count // HELD_OUT_SHARE))
-    train = list(range(count - held)) or list(range(count))
-    return train, list(range(count - held, count))
 
 
 def _draws(rows: list[int], size: int, generator: torch.Generator) -> Iterator[list[int]]:
@@ -255,6 +271,16 @@ def _fakes(batches: list[Batch]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def _keep(trainables: list[Trainable], loss: float, best_loss: float) -> float:
+    """The lower of the two losses; when it is `loss`, the present values become the best ones."""
+    if loss >= best_loss:
+        return best_loss
+    for t in trainables:
+        t.best.copy_(t.value)
+    return loss
+
+
+@torch.no_grad()
 def _clamp(trainables: list[Trainable]) -> None:
     for t in trainables:
-        t.value.clamp_(t.low, t.high)  # type: ignore[arg-type]
+        t.value.clamp_(t.low, t.high)

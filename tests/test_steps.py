@@ -1,0 +1,223 @@
+"""Algorithms on blocks made here: what GPTQ and the refit do, and that tuning starts from them and is never worse."""
+
+import itertools
+
+import pytest
+import torch
+
+from auto_round.codecs.base import fake
+from auto_round.core.plan import Plan
+from auto_round.core.scheme import Scheme, TensorSpec
+from auto_round.jobs.starts import start
+from auto_round.sources.base import Block
+from auto_round.steps.base import BlockReport, Stack
+from auto_round.steps.gptq import DAMPING, Gptq, inverse_factor, rounded_in_order, swept
+from auto_round.steps.refit import Refit
+from auto_round.steps.sign_round import SignRound
+
+SPECS = [
+    TensorSpec(bits=bits, group=group, sym=sym)
+    for bits, group, sym in itertools.product((2, 4), (16, 20, -1), (True, False))
+]
+
+
+class Linears(Block):
+    """Two layers with the same inputs, one after the other with a non-linearity between: a block that can be run."""
+
+    def __init__(self, seed=0, samples=24):
+        generator = torch.Generator().manual_seed(seed)
+        mixing = torch.randn(48, 48, generator=generator) / 7 + torch.eye(48)
+        self.name, self.samples = "block", samples
+        self._x = torch.randn(samples, 6, 48, generator=generator) @ mixing
+        self.weights = {
+            name: torch.randn(48, 48, generator=generator) * 0.1 for name in ("block.up", "block.gate")
+        }
+        flat = self._x.flatten(0, 1)
+        self._gram = flat.t() @ flat
+
+    def importance(self, layer):
+        return self._gram
+
+    def run(self, rows, weights=None):
+        w = {**self.weights, **(weights or {})}
+        x = self._x[list(rows)]
+        return (x @ w["block.up"].t()) * (x @ w["block.gate"].t()).sigmoid()
+
+    def target(self, rows):
+        return self.run(rows)
+
+
+def plan_of(block, spec):
+    """Every layer of `block` gets `spec`."""
+    shapes = {name: tuple(w.shape) for name, w in block.weights.items()}
+    return Plan({name: Scheme(weight=spec) for name in shapes}, shapes=shapes, base=Scheme(weight=spec))
+
+
+def stack_of(spec, seed=0, columns=48):
+    """One layer with correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(300, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    w = torch.randn(12, columns, generator=generator) * 0.1
+    return Stack({"layer": w}, x.t() @ x, spec, {})
+
+
+def output_error(stack, weight):
+    """tr(D gram D') in float64."""
+    difference = (weight - stack.weight).double()
+    return ((difference @ stack.gram.double()) * difference).sum().item()
+
+
+def slow_gptq(stack):
+    """The published recursion, one row at a time: round, then move the rest by least squares."""
+    share = DAMPING[0] * stack.gram.diagonal().mean().double()
+    gram = stack.gram.double() + share * torch.eye(len(stack.gram), dtype=torch.float64)
+    order, grids = stack.gram.diagonal().argsort(descending=True).tolist(), stack.columns()
+    made = torch.zeros_like(stack.weight)
+    for row in range(len(stack.weight)):
+        w, left = stack.weight[row].double(), list(order)
+        while left:
+            j = left.pop(0)
+            grid = {key: value[row] for key, value in grids[j // stack.size].items()}
+            made[row, j] = stack.snap(w[j].float(), grid)
+            if (
+                left
+            ):  # minimise (w - w')' gram (w - w') over the columns left, with column j at its rounded value
+                pull = torch.linalg.solve(gram[left][:, left], gram[left, j])
+                w[left] += pull * (w[j] - made[row, j].double())
+    return made
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_gptq_is_its_definition(sym):
+    stack = stack_of(TensorSpec(bits=3, group=16, sym=sym))
+    expected = slow_gptq(stack)
+    made = torch.stack(
+        [stack.snap(c, stack.columns()[j // 16]) for j, c in enumerate(rounded_in_order(stack).t())]
+    )
+    assert (made.t() - expected).abs().gt(1e-6).float().mean() < 0.01  # ties fall differently in float64
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_each_step_of_the_start_lowers_the_output_error(spec):
+    block = Linears()
+    plan, knobs, report = plan_of(block, spec), {}, BlockReport()
+    errors = []
+    for step in [None, *start("gptq")]:
+        knobs = knobs if step is None else step.block(block, plan, knobs, report)
+        made = {name: fake(w, spec, knobs.get(name, {})) - w for name, w in block.weights.items()}
+        errors.append(sum(((d @ block._gram) * d).sum().item() for d in made.values()))
+    assert all(after <= before * 1.001 for before, after in itertools.pairwise(errors)), errors
+    assert errors[2] < 0.85 * errors[1] and errors[-1] < 0.75 * errors[1], errors
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_what_a_stack_says_is_what_the_codec_makes(spec):
+    block = Linears()
+    knobs = Gptq().block(block, plan_of(block, spec), {}, BlockReport())
+    again = Stack(block.weights, block._gram, spec, knobs)
+    made = torch.cat([fake(w, spec, knobs[name]) for name, w in block.weights.items()])
+    torch.testing.assert_close(again.fake, made)
+    shape = again.weight.shape
+    positions = (
+        again.snap(again.moved.reshape(-1, again.size), again.grid).reshape(shape)
+        if shape[1] % again.size == 0
+        else made
+    )
+    assert (positions - made).abs().gt(1e-5).float().mean() < 0.001
+
+
+def test_sweeping_stops_at_a_weight_that_no_single_change_improves():
+    stack = stack_of(TensorSpec(bits=2, group=16))
+    for _ in range(20):
+        stack.offer(swept(stack))
+    lowest = stack.loss(stack.fake)
+    grids = stack.columns()
+    for j in (0, 7, 40):
+        step = grids[j // 16]["scale"].abs()
+        for sign in (1.0, -1.0):
+            other = stack.fake.clone()
+            other[:, j] = stack.snap(other[:, j] + sign * step, grids[j // 16])
+            assert (stack.loss(other) >= lowest * (1 - 1e-4)).all()
+
+
+def test_a_refit_keeps_the_codes_and_finds_the_least_squares_scales():
+    spec = TensorSpec(bits=3, group=16, scale_dtype="float32")
+    block = Linears()
+    plan = plan_of(block, spec)
+    knobs = Refit().block(block, plan, {}, BlockReport())
+    for name, w in block.weights.items():
+        codes = fake(w, spec) / torch.stack(
+            [g["scale"] for g in Stack({name: w}, block._gram, spec, {}).columns()], 1
+        ).repeat_interleave(16, 1)
+        row = 5
+        parts = torch.zeros(48, 3)
+        for g in range(3):
+            parts[g * 16 : g * 16 + 16, g] = codes[row, g * 16 : g * 16 + 16]
+        root = torch.linalg.cholesky(block._gram.double()).t()
+        best = torch.linalg.lstsq(
+            root @ parts.double(), (root @ w[row].double()).unsqueeze(1)
+        ).solution.squeeze(1)
+        scales = knobs[name]["scale"].reshape(48, 3)[row]
+        torch.testing.assert_close(scales.double(), best, rtol=1e-2, atol=1e-6)
+        torch.testing.assert_close(
+            fake(w, spec, knobs[name])[row], parts.sum(1) * scales.repeat_interleave(16)
+        )
+
+
+def test_dead_and_dependent_channels_leave_everything_finite():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(10, 48, generator=generator)  # rank 10
+    x[:, 5] = 0
+    x[:, 6] = x[:, 7]
+    gram = x.t() @ x
+    assert torch.isfinite(inverse_factor(gram)).all()
+    assert torch.isfinite(inverse_factor(torch.zeros(8, 8))).all()
+    stack = Stack({"layer": torch.randn(4, 48, generator=generator)}, gram, TensorSpec(bits=2, group=16), {})
+    before = output_error(stack, stack.fake)
+    stack.offer(rounded_in_order(stack))
+    assert torch.isfinite(stack.moved).all() and output_error(stack, stack.fake) <= before
+
+
+@pytest.mark.parametrize("kind", ["none", "search", "gptq"])
+def test_tuning_is_never_worse_than_its_start_or_plain_rounding(kind):
+    block, spec = Linears(), TensorSpec(bits=2, group=16)
+    plan, knobs, report = plan_of(block, spec), {}, BlockReport(kept="plain")
+    for step in [*start(kind), SignRound(iters=15, batch_size=4)]:
+        knobs = step.block(block, plan, knobs, report)
+    assert report.losses[report.kept] == min(report.losses.values())
+    rows = range(21, 24)  # an eighth is held out
+    fakes = {name: fake(w, spec, knobs.get(name, {})) for name, w in block.weights.items()}
+    loss = (block.run(rows, fakes) - block.target(rows)).square().mean().item()
+    assert loss == pytest.approx(report.losses[report.kept], rel=1e-5)
+
+
+def test_layers_tuned_as_one_matrix_become_what_they_become_alone(monkeypatch):
+    from auto_round.steps import sign_round
+
+    def tuned():
+        block, spec = Linears(), TensorSpec(bits=2, group=16)
+        plan, report, knobs = plan_of(block, spec), BlockReport(), {}
+        for step in [*start("gptq"), SignRound(iters=10, batch_size=4)]:
+            knobs = step.block(block, plan, knobs, report)
+        return {name: fake(w, spec, knobs[name]) for name, w in block.weights.items()}
+
+    together = tuned()
+    monkeypatch.setattr(sign_round, "_alike", lambda block, specs: [(name,) for name in specs])
+    alone = tuned()
+    assert all(torch.equal(together[name], alone[name]) for name in together)
+
+
+def test_the_published_procedure_keeps_what_it_tuned_and_holds_nothing_back():
+    block, spec = Linears(), TensorSpec(bits=2, group=16)
+    seen = set()
+    run = block.run
+
+    def noting(rows, weights=None):
+        if torch.is_grad_enabled():
+            seen.update(rows)
+        return run(rows, weights)
+
+    block.run = noting
+    report = BlockReport()
+    SignRound(iters=12, batch_size=8, published=True).block(block, plan_of(block, spec), {}, report)
+    assert report.kept == "tuned" and seen == set(range(24))

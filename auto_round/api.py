@@ -268,7 +268,9 @@ class AutoRound:
         numbers, options = self.numbers, self.options
         found: list[Step] = []
         if any(scheme.act is not None for scheme in plan.values()):
-            found.append(InputRanges(calibrated=needs_calibration(plan)))
+            found.append(
+                InputRanges(calibrated=needs_calibration(plan), percentile=self.options.act_percentile)
+            )
         found += start(self.options.start_of(numbers))
         if numbers.iters:
             found.append(

@@ -30,6 +30,7 @@ class Options:
     act_sym: bool | None = None
     act_data_type: str | None = None
     act_dynamic: bool | None = None
+    act_percentile: float = 100.0
     super_bits: int | None = None
     super_group_size: int | None = None
     layer_config: Any = None
@@ -113,6 +114,10 @@ class Options:
             raise NotYetError("enable_torch_compile=True: compiled blocks are not there yet; leave it out")
         if self.start not in (None, *STARTS):
             raise PlanError(f"start must be one of {', '.join(STARTS)}, got {self.start!r}")
+        if not 50 <= self.act_percentile <= 100:
+            raise PlanError(
+                f"act_percentile must be 50 to 100, got {self.act_percentile!r}; 100 is the maximum"
+            )
         for name, least in AT_LEAST.items():
             value = values[name]
             if value is not None and (isinstance(value, bool) or value < least):

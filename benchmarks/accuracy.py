@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 SCHEMES = ("W4A16", "W3A16", "W2A16G64", "W2A16G32")
+FLOATS = ("MXFP4", "NVFP4", "MXINT4", "MXFP8", "FP8_STATIC", "FP8_BLOCK", "FPW8A16")
 RECIPES = {
     "rtn": ["--iters", "0", "--disable_opt_rtn"],
     "opt_rtn": ["--iters", "0", "--enable_opt_rtn"],
@@ -119,10 +120,12 @@ def quantize(args: argparse.Namespace, python: str, cell: dict, out: Path) -> in
         name: str(args.threads)
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
     }
+    # An environment of its own must not see this checkout.
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" or python == sys.executable}
     log = out.parent / "log"
     with log.open("w") as file:
         child = subprocess.Popen(
-            command, stdout=file, stderr=file, cwd=out.parent, env={**os.environ, **threads}
+            command, stdout=file, stderr=file, cwd=out.parent, env={**inherited, **threads}
         )
         _, status, usage = os.wait4(child.pid, 0)
     if status != 0:
@@ -157,6 +160,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     from auto_round.jobs.compare import compare
 
     torch.set_num_threads(args.threads)
+    restate(folder)
     text = args.text.read_text()
     texts = (
         [json.loads(line)["text"] for line in text.splitlines()] if args.text.suffix == ".jsonl" else [text]
@@ -178,6 +182,17 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     }
 
 
+def restate(folder: Path) -> None:
+    """State group sizes that stock transformers refuses (0, a list) in the form that it takes; nothing else changes."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    quantization = config.get("quantization_config", {})
+    group = quantization.get("group_size", 1)
+    if isinstance(group, list) or group == 0:
+        quantization |= {"group_size": group[1] if group else -1, "weight_group_size": group}
+        path.write_text(json.dumps(config))
+
+
 def read_rows(path: Path) -> list[dict]:
     """The rows measured so far."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -194,7 +209,11 @@ def table(path: Path) -> str:
     ]
     order = sorted(
         groups,
-        key=lambda k: (SCHEMES.index(k[0]) if k[0] in SCHEMES else 99, list(RECIPES).index(k[1]), k[2]),
+        key=lambda k: (
+            (*SCHEMES, *FLOATS).index(k[0]) if k[0] in (*SCHEMES, *FLOATS) else 99,
+            list(RECIPES).index(k[1]),
+            k[2],
+        ),
     )
     for key in order:
         rows = groups[key]

@@ -255,6 +255,26 @@ def test_fused_layers_share_the_widest_range():
     assert shared["q"] == shared["k"] == limits(-3.0, 2.0) and shared["o"] == limits(-9.0, 9.0)
 
 
+def test_a_percentile_leaves_outliers_out():
+    seen, x = Limits(), torch.randn(1000, 32, generator=torch.Generator().manual_seed(0))
+    x[3, 5] = 1000.0
+    seen.add(x)
+    assert seen.within(100.0)[1] == 1000.0
+    low, high = seen.within(99.0)
+    assert -2.8 < low < -2.4 and 2.4 < high < 2.8
+    assert Limits().within(99.0) is None
+
+
+def test_a_percentile_makes_the_input_range_smaller(model, tmp_path):
+    scale = {}
+    for share in (100.0, 99.0):
+        out = quantized(model, tmp_path / str(share), scheme="FP8_STATIC", act_percentile=share, **PLAIN)
+        scale[share] = load_file(out / "model.safetensors")[f"{UP}.input_scale"].item()
+    assert scale[99.0] < 0.9 * scale[100.0]
+    with pytest.raises(PlanError, match="act_percentile"):
+        quantized(model, tmp_path, act_percentile=101)
+
+
 def test_limits_grow_and_pass_over_nothing():
     seen = Limits()
     for x in (torch.empty(0, 4), torch.tensor([1.0, 2.0]), torch.tensor([-3.0])):

@@ -71,6 +71,9 @@ class SchemeFlags:
     act_asym: Annotated[bool, _switch("act-asym")] = False
     act_data_type: Annotated[Text, _flag("act-data-type", "act-dtype")] = None
     disable_act_dynamic: Annotated[bool, _switch("disable-act-dynamic")] = False
+    act_percentile: Annotated[
+        float, _flag("act-percentile", help="Per cent of inputs that calibrated ranges hold.")
+    ] = 100.0
     super_bits: Annotated[Number, _flag("super-bits")] = None
     super_group_size: Annotated[Number, _flag("super-group-size")] = None
     layer_config: Annotated[

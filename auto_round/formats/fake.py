@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
@@ -33,6 +33,11 @@ class Fake(Format):
         raise FormatError(
             f"a fake checkpoint stores plain weights, no codes of {spec}; load it as an ordinary model"
         )
+
+    def remarks(self, plan: Plan) -> Iterator[str]:
+        """What a plain model cannot say."""
+        if any(scheme.act is not None for scheme in plan.values()):
+            yield "fake stores weights only: the loaded model does not quantize inputs. Format auto_round does"
 
     def config(self, plan: Plan, provenance: Provenance) -> None:
         """None: readers see an ordinary model."""

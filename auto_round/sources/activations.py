@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from auto_round.codecs.base import fake_inputs
 from auto_round.core.quantized import Knobs
 from auto_round.core.scheme import TensorSpec
+
+SAMPLED = 8192  # inputs of each batch that percentiles go by
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +27,11 @@ class InputGrid:
 
 @dataclass(slots=True)
 class Limits:
-    """Smallest and largest input of one layer so far, 0-dim float32; None before the first."""
+    """Smallest and largest input of one layer so far, 0-dim float32, None before the first; and a sample of all."""
 
     low: Tensor | None = None
     high: Tensor | None = None
+    sample: list[Tensor] = field(default_factory=list)
 
     def add(self, x: Tensor) -> None:
         """Widen the limits to hold `x`; an empty one, of an expert without tokens, changes nothing."""
@@ -36,6 +39,18 @@ class Limits:
             low, high = torch.aminmax(x)
             self.low = low if self.low is None else torch.minimum(self.low, low)
             self.high = high if self.high is None else torch.maximum(self.high, high)
+            flat = x.flatten()
+            self.sample.append(flat[:: -(-flat.numel() // SAMPLED)].clone())
+
+    def within(self, percentile: float) -> tuple[Tensor, Tensor] | None:
+        """Limits that hold `percentile` per cent of the inputs, as much outside on either side; None without inputs."""
+        if self.low is None or self.high is None:
+            return None
+        if percentile >= 100:
+            return self.low, self.high
+        values = torch.cat(self.sample).sort().values
+        outside = round(len(values) * (100 - percentile) / 200)
+        return values[outside], values[len(values) - 1 - outside]
 
 
 @contextmanager

@@ -44,8 +44,8 @@ class Block(ABC):
         """Second moment of each input channel of `layer`, (I,) float32, or None when nothing was gathered."""
         return None
 
-    def input_limits(self, layer: str) -> tuple[Tensor, Tensor] | None:
-        """Smallest and largest input of `layer`, 0-dim float32; None when nothing was gathered, or it saw no token."""
+    def input_limits(self, layer: str, percentile: float = 100.0) -> tuple[Tensor, Tensor] | None:
+        """Limits of `percentile` per cent of the inputs of `layer`, 0-dim float32; None when it saw no token."""
         return None
 
     def quantize_inputs(self, acts: Mapping[str, tuple[TensorSpec, Knobs]]) -> None:

@@ -165,10 +165,9 @@ class LiveBlock(Block):
         """Sum of squares of each input channel over all samples."""
         return self._importance.get(layer)
 
-    def input_limits(self, layer: str) -> tuple[Tensor, Tensor] | None:
+    def input_limits(self, layer: str, percentile: float = 100.0) -> tuple[Tensor, Tensor] | None:
         """Of the original block."""
-        limits = self._limits.get(layer, Limits())
-        return None if limits.low is None or limits.high is None else (limits.low, limits.high)
+        return self._limits.get(layer, Limits()).within(percentile)
 
     def quantize_inputs(self, acts: Mapping[str, tuple[TensorSpec, Knobs]]) -> None:
         """By hooks on the layers' modules, and in place of fused experts' forward, while the block runs."""
@@ -295,13 +294,14 @@ class OutsideBlock(Block):
             x = fake_inputs(x, self._grid.spec, self._grid.fixed)
         return self._apply(x, (weights or self.weights)[self.name])
 
-    def input_limits(self, layer: str) -> tuple[Tensor, Tensor] | None:
+    def input_limits(self, layer: str, percentile: float = 100.0) -> tuple[Tensor, Tensor] | None:
         """Of the float chain."""
         if self._inputs is None:
             return None
         x = self._inputs.plain if self._valid is None else self._inputs.plain[self._valid]
-        low, high = torch.aminmax(x)
-        return low, high
+        limits = Limits()
+        limits.add(x)
+        return limits.within(percentile)
 
     def quantize_inputs(self, acts: Mapping[str, tuple[TensorSpec, Knobs]]) -> None:
         """While the layer runs."""

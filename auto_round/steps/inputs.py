@@ -22,9 +22,13 @@ Limits = tuple[Tensor, Tensor]
 
 
 class InputRanges(Step):
-    """Tells each block how the inputs of its layers are quantized. `calibrated`: some need a range from data."""
+    """Tells each block how the inputs of its layers are quantized.
 
-    def __init__(self, *, calibrated: bool) -> None:
+    calibrated: some need a range from data. percentile: share of the inputs, in per cent, that a range has to hold.
+    """
+
+    def __init__(self, *, calibrated: bool, percentile: float = 100.0) -> None:
+        self.percentile = percentile
         self.needs = self.requires = Needs.STATISTICS if calibrated else Needs.NOTHING
 
     def block(
@@ -34,7 +38,9 @@ class InputRanges(Step):
         acts = {name: plan[name].act for name in block.weights if name in plan}
         chosen = {name: act for name, act in acts.items() if act is not None}
         static = [name for name, act in chosen.items() if codec_of(act).needs_range(act)]
-        limits = shared_limits({name: block.input_limits(name) for name in static}, plan.fused)
+        limits = shared_limits(
+            {name: block.input_limits(name, self.percentile) for name in static}, plan.fused
+        )
         nothing = torch.zeros(())
         stored = {
             name: stored_inputs(act, *limits.get(name, (nothing, nothing))) for name, act in chosen.items()

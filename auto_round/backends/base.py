@@ -160,12 +160,39 @@ class Kernel(nn.Module):
         return f"{size}, {self.site.spec}, format={self.site.format.name}, backend={self.backend}"
 
 
+class LibraryLinear(Kernel):
+    """A layer that another library's module multiplies. The checkpoint's tensors stay in main memory, for saving."""
+
+    def adopt(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Give `module` its `tensors` in the layout it starts from, and the bias; let it repack them."""
+        self._kept = {name: self.get_buffer(name).cpu() for name in self.packed}
+        for name, tensor in tensors.items():
+            module.register_buffer(name, tensor)
+        module.register_buffer("bias", self.bias)
+        if callable(settle := getattr(module, "post_init", None)):  # what these libraries call it
+            settle()
+        self.replace()
+        # In a tuple it is no submodule: what the library made of the tensors is not part of the checkpoint.
+        self._module = (module,)
+
+    def quantized(self) -> Quantized:
+        """What the layer holds."""
+        if self.packed:
+            return super().quantized()
+        return self.site.format.read(self._kept, self.site.spec, self.site.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) to (..., O)."""
+        y: Tensor = self._module[0](x)
+        return y
+
+
 class Backend(ABC):
     """One kernel library: where it can run (`limits`, any one row), and what it needs (`requires`)."""
 
     name: str
     aliases: tuple[str, ...] = ()
-    priority: int
+    priority: float
     limits: tuple[Limits, ...]
     requires: tuple[str, ...] = ()  # distributions, as pip names them, with versions
     summary: str

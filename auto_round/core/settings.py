@@ -14,6 +14,7 @@ class Settings:
     cache_weights_share: float
     cxx: str
     kernel_cache: Path
+    triton_interpret: bool
 
 
 def settings() -> Settings:
@@ -24,6 +25,7 @@ def settings() -> Settings:
     AR_CACHE_WEIGHTS_SHARE (0.25): the torch backend keeps dequantized weights of a loaded model when they need at
         most this share of the free memory, else it dequantizes at each call.
     CXX (none): the C++ compiler for the CPU kernels, tried before c++, g++ and clang++.
+    TRITON_INTERPRET (0): Triton's own; the triton backend then accepts layers on the CPU, to be tested there.
     AR_KERNEL_CACHE (~/.cache/auto_round): where compiled CPU kernels are kept.
     """
     return Settings(
@@ -32,4 +34,5 @@ def settings() -> Settings:
         cache_weights_share=float(os.environ.get("AR_CACHE_WEIGHTS_SHARE", "0.25")),
         cxx=os.environ.get("CXX", ""),
         kernel_cache=Path(os.environ.get("AR_KERNEL_CACHE", "~/.cache/auto_round")).expanduser(),
+        triton_interpret=os.environ.get("TRITON_INTERPRET", "0") == "1",
     )

@@ -1,0 +1,128 @@
+"""Layers on our own Triton kernels: repacked into words, multiplied by kernels.py, read back for saving."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auto_round.backends.base import AWQ, FLOATS, GPTQ, GPTQ_PLAIN, Backend, Kernel, Limits, Site
+from auto_round.core import bits as packing
+from auto_round.core.groups import group_size, groups_per_row, merge, split
+from auto_round.core.quantized import Quantized
+from auto_round.core.settings import settings
+
+
+class TritonLinear(Kernel):
+    """x @ W'.T + bias on int32 words [I / per word, O]."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site, "triton")
+        self.group = group_size(site.shape, site.spec.group)
+
+    def settle(self, q: Quantized) -> None:
+        """Repack `q`; 3 bits become a plane of 2 and a plane of 1."""
+        codes = merge(q.codes, q.shape, q.spec.group).t()
+        count = groups_per_row(q.shape, q.spec.group)
+        plane = 2 if q.spec.bits == 3 else q.spec.bits
+        words = packing.pack(codes & ((1 << plane) - 1), plane)
+        high = packing.pack(codes >> 2, 1) if q.spec.bits == 3 else words.new_empty(0)
+        tensors = {
+            "codes": words,
+            "high": high,
+            "scales": q.params["scale"].reshape(-1, count).t().contiguous(),
+        }
+        if "zero" in q.params:
+            tensors["zeros"] = q.params["zero"].reshape(-1, count).t().contiguous()
+        self.replace(**tensors)
+
+    def quantized(self) -> Quantized:
+        """As loaded, or read back from the words."""
+        if self.packed:
+            return super().quantized()
+        spec, shape = self.site.spec, self.site.shape
+        plane = 2 if spec.bits == 3 else spec.bits
+        codes = packing.unpack(self.get_buffer("codes"), plane)
+        if spec.bits == 3:
+            codes = codes | packing.unpack(self.get_buffer("high"), 1) << 2
+        params = {"scale": self.get_buffer("scales").t().reshape(-1, 1).contiguous()}
+        if not spec.sym:
+            params["zero"] = self.get_buffer("zeros").t().reshape(-1, 1).contiguous()
+        grouped = split(codes.t(), spec.group).contiguous()
+        return Quantized(spec=spec, shape=shape, codes=grouped, params=params)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) to (..., O), in the dtype of x. Differentiable in x."""
+        flat = x.reshape(-1, self.in_features).contiguous()
+        zeros = None if self.site.spec.sym else self.zeros
+        y = _Product.apply(flat, self, zeros, self.bias)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+
+class _Product(torch.autograd.Function):
+    """The product; its backward dequantizes the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layer: TritonLinear, zeros: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        ctx.layer = layer
+        sizes = (layer.site.spec.bits, layer.group)
+        y: Tensor = torch.ops.auto_round_triton.linear(
+            x, layer.codes, layer.high, layer.scales, zeros, bias, *sizes
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        (grad,) = upstream
+        return grad @ ctx.layer.dequantized(grad.dtype), None, None, None
+
+
+@cache
+def _register() -> str | None:
+    """Define the kernels. Why that failed, or None."""
+    try:
+        import auto_round.backends.triton.kernels  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # RuntimeError: triton found no driver
+        return f"triton cannot be used: {error}"
+    return None
+
+
+class Triton(Backend):
+    """Our own kernels for GPUs."""
+
+    name = "triton"
+    aliases = ("auto_round:tritonv2", "auto_round:tritonv2_zp", "tritonv2")
+    priority = 2
+    limits = (
+        Limits(
+            devices=("cuda", "xpu"), bits=(2, 3, 4, 8), dtypes=FLOATS, packings=(*GPTQ_PLAIN, *GPTQ, *AWQ)
+        ),
+    )
+    requires = ("triton",)
+    summary = "our own Triton kernels"
+
+    def reject(self, site: Site) -> str | None:
+        """Its limits; the CPU only under Triton's interpreter, which is for tests."""
+        if site.device == "cpu" and settings().triton_interpret:
+            return None if site.spec.dtype == "int" and site.act is None else "integer weights only"
+        return super().reject(site)
+
+    def prepare(self) -> str | None:
+        """Import triton."""
+        return _register()
+
+    def build(self, site: Site) -> Kernel:
+        """A `TritonLinear` on the meta device."""
+        return TritonLinear(site)
+
+    def finish(self, module: Kernel, *, cache: bool) -> None:
+        """Repack."""
+        assert isinstance(module, TritonLinear), "built by this backend"
+        module.settle(module.checked())
+
+
+ENTRIES = (Triton(),)

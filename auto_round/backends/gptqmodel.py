@@ -10,7 +10,6 @@ from torch import Tensor
 
 from auto_round.backends.base import (
     AWQ,
-    FLOATS,
     GPTQ,
     GPTQ_PLAIN,
     Backend,
@@ -155,7 +154,7 @@ ENTRIES = (
         Limits(
             devices=("cuda", "cpu"),
             bits=(2, 3, 4, 8),
-            dtypes=FLOATS,
+            dtypes=HALVES,  # it rounds weights to float16 in float32 models too
             packings=(*GPTQ_PLAIN, *GPTQ),
             groups=GROUPS,
         ),

@@ -25,7 +25,7 @@ def settings() -> Settings:
     AR_CACHE_WEIGHTS_SHARE (0.25): the torch backend keeps dequantized weights of a loaded model when they need at
         most this share of the free memory, else it dequantizes at each call.
     CXX (none): the C++ compiler for the CPU kernels, tried before c++, g++ and clang++.
-    TRITON_INTERPRET (0): Triton's own; the triton backend then accepts layers on the CPU, to be tested there.
+    TRITON_INTERPRET (0): Triton's own; the backend triton:interpreter then runs on the CPU.
     AR_KERNEL_CACHE (~/.cache/auto_round): where compiled CPU kernels are kept.
     """
     return Settings(

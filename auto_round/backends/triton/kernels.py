@@ -60,7 +60,7 @@ def vector_kernel(
 def matrix_kernel(
     x, codes, high, scales, zeros, bias, y, M, I, O, GROUP,
     BITS: tl.constexpr, ASYM: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of x times BLOCK_O rows of the weight, which is made in the dtype of x."""
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -71,7 +71,10 @@ def matrix_kernel(
         inside = (k < I)[:, None] & (n < O)[None, :]
         w = _weights(codes, high, scales, zeros, k, n, inside, O, GROUP, BITS, ASYM)
         v = tl.load(x + m[:, None] * I + k[None, :], mask=(m < M)[:, None] & (k < I)[None, :], other=0.0)
-        total += tl.dot(v, w.to(v.dtype), input_precision="ieee")
+        w = w.to(v.dtype)
+        if WIDE:  # the interpreter (triton 3.9) multiplies the bit patterns of bfloat16
+            v, w = v.to(tl.float32), w.to(tl.float32)
+        total += tl.dot(v, w, input_precision="ieee")
     if BIAS:
         total += tl.load(bias + n, mask=n < O, other=0.0).to(tl.float32)[None, :]
     tl.store(
@@ -119,7 +122,7 @@ def linear(
         return y
     _matrix[16 if m <= 16 else 64][
         lambda meta: (triton.cdiv(rows, meta["BLOCK_O"]), triton.cdiv(m, meta["BLOCK_M"]))
-    ](*tensors, m, columns, rows, group, **flags, BLOCK_I=COLUMNS_MATRIX)
+    ](*tensors, m, columns, rows, group, **flags, BLOCK_I=COLUMNS_MATRIX, WIDE=INTERPRETED)
     return y
 
 

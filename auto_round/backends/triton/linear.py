@@ -14,12 +14,14 @@ from auto_round.core.groups import group_size, groups_per_row, merge, split
 from auto_round.core.quantized import Quantized
 from auto_round.core.settings import settings
 
+INTERPRETER = "triton:interpreter"
+
 
 class TritonLinear(Kernel):
     """x @ W'.T + bias on int32 words [I / per word, O]."""
 
-    def __init__(self, site: Site) -> None:
-        super().__init__(site, "triton")
+    def __init__(self, site: Site, backend: str) -> None:
+        super().__init__(site, backend)
         self.group = group_size(site.shape, site.spec.group)
 
     def settle(self, q: Quantized) -> None:
@@ -91,25 +93,28 @@ def _register() -> str | None:
     return None
 
 
+def _limits(*devices: str) -> tuple[Limits, ...]:
+    row = Limits(devices=devices, bits=(2, 3, 4, 8), dtypes=FLOATS, packings=(*GPTQ_PLAIN, *GPTQ, *AWQ))
+    return (row,)
+
+
 class Triton(Backend):
-    """Our own kernels for GPUs."""
+    """Our own kernels for GPUs, or for the CPU in Triton's interpreter."""
 
-    name = "triton"
-    aliases = ("auto_round:tritonv2", "auto_round:tritonv2_zp", "tritonv2")
-    priority = 2
-    limits = (
-        Limits(
-            devices=("cuda", "xpu"), bits=(2, 3, 4, 8), dtypes=FLOATS, packings=(*GPTQ_PLAIN, *GPTQ, *AWQ)
-        ),
-    )
     requires = ("triton",)
-    summary = "our own Triton kernels"
 
-    def reject(self, site: Site) -> str | None:
-        """Its limits; the CPU only under Triton's interpreter, which is for tests."""
-        if site.device == "cpu" and settings().triton_interpret:
-            return None if site.spec.dtype == "int" and site.act is None else "integer weights only"
-        return super().reject(site)
+    def __init__(self, name: str, priority: float, limits: tuple[Limits, ...], summary: str) -> None:
+        self.name, self.priority, self.limits, self.summary = name, priority, limits, summary
+        self.interpreted = name == INTERPRETER
+        self.aliases = (
+            () if self.interpreted else ("auto_round:tritonv2", "auto_round:tritonv2_zp", "tritonv2")
+        )
+
+    def missing(self) -> str | None:
+        """The library, and the interpreter where that is meant."""
+        if self.interpreted and not settings().triton_interpret:
+            return "needs TRITON_INTERPRET=1 in the environment before Python starts"
+        return super().missing()
 
     def prepare(self) -> str | None:
         """Import triton."""
@@ -117,7 +122,7 @@ class Triton(Backend):
 
     def build(self, site: Site) -> Kernel:
         """A `TritonLinear` on the meta device."""
-        return TritonLinear(site)
+        return TritonLinear(site, self.name)
 
     def finish(self, module: Kernel, *, cache: bool) -> None:
         """Repack."""
@@ -125,4 +130,7 @@ class Triton(Backend):
         module.settle(module.checked())
 
 
-ENTRIES = (Triton(),)
+ENTRIES = (
+    Triton("triton", 2, _limits("cuda", "xpu"), "our own Triton kernels"),
+    Triton(INTERPRETER, -2, _limits("cpu"), "the same in Triton's interpreter, on request: slow, for tests"),
+)

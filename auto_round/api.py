@@ -38,7 +38,7 @@ from auto_round.models.skeleton import Skeleton
 from auto_round.models.stored import streamed_subject
 from auto_round.models.subject import Subject, check_sources, check_streamed, open_subject
 from auto_round.options import DEFAULT_SCHEME, Options
-from auto_round.recipes import Recipe, algorithm_named, recipe_named
+from auto_round.recipes import Recipe, algorithm_named, recipe_named, schedule_named
 from auto_round.sources.base import Needs, Source
 from auto_round.sources.blocks import Execution, LiveSource
 from auto_round.sources.dataset import Calibration, Request, load_calibration
@@ -47,7 +47,7 @@ from auto_round.sources.kv_cache import cache_ranges
 from auto_round.sources.tensors import TensorSource
 from auto_round.steps.base import Step
 from auto_round.steps.inputs import InputRanges, needs_calibration
-from auto_round.steps.sign_round import SignRound
+from auto_round.steps.sign_round import FEW_BITS, SignRound
 from auto_round.version import __version__
 
 logger = logging.getLogger("auto_round")
@@ -285,6 +285,9 @@ class AutoRound:
                     momentum=options.momentum,
                     best_state=not options.not_use_best_mse,
                     published=options.algorithm == "sign_round_published",
+                    schedule=schedule_named(options.lr_scheduler),
+                    patience=options.dynamic_max_gap,
+                    trim_below=FEW_BITS if options.enable_alg_ext else 0,
                     seed=options.seed,
                 )
             )

@@ -25,6 +25,9 @@ class SignRoundConfig:
     gradient_accumulate_steps: int = 1
     not_use_best_mse: bool = False
     enable_adam: bool = False
+    enable_alg_ext: bool = False
+    dynamic_max_gap: int = -1
+    lr_scheduler: Any = None
 
     def merged(self, options: Options) -> Options:
         """`options` with these settings."""

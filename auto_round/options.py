@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from auto_round.core.errors import NotYetError, PlanError, nearest
-from auto_round.recipes import Recipe, recipe_named
+from auto_round.recipes import Recipe, recipe_named, schedule_named
 
 DEFAULT_SCHEME = "W4A16"
 
@@ -118,6 +118,7 @@ class Options:
             raise PlanError(
                 f"act_percentile must be 50 to 100, got {self.act_percentile!r}; 100 is the maximum"
             )
+        schedule_named(self.lr_scheduler)
         for name, least in AT_LEAST.items():
             value = values[name]
             if value is not None and (isinstance(value, bool) or value < least):
@@ -183,11 +184,8 @@ AT_LEAST = {
 
 LATER = {
     "nblocks": "tuning several blocks together is not there yet",
-    "enable_alg_ext": "SignRoundV2 is not there yet",
     "enable_norm_bias_tuning": "tuning norms and biases is not there yet",
     "enable_lfq": "the language-model loss on the last block is not there yet",
-    "dynamic_max_gap": "early stopping is not there yet",
-    "lr_scheduler": "other schedules than linear decay are not there yet",
     "rotation_config": "rotations are not there yet",
     "static_attention_dtype": "quantized attention is not there yet",
     "super_bits": "scales of scales (GGUF) are not there yet",

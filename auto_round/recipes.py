@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from auto_round.core.errors import NotYetError, PlanError, nearest
@@ -38,6 +40,30 @@ RECIPES = {
     "opt_rtn": Recipe(iters=0),
     "rtn": Recipe(iters=0, nsamples=0, disable_opt_rtn=True),
 }
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "constant": lambda done: 1.0,
+}
+"""Factors on the learning rate by the share of the steps that are done, 0 up to 1."""
+
+
+def schedule_named(given: str | Callable[[float], float] | None) -> Callable[[float], float]:
+    """The schedule called `given`, or `given` itself when it is a function; linear decay by default.
+
+    Raises PlanError with the nearest known name.
+    """
+    if callable(given):
+        return given
+    name = "linear" if given is None else given
+    if name not in SCHEDULES:
+        raise PlanError(
+            f"lr_scheduler {given!r} is unknown.{nearest(str(name), SCHEDULES)} Known: {', '.join(SCHEDULES)}, or a "
+            "function from the share of the steps done (0 to 1) to a factor"
+        )
+    return SCHEDULES[name]
 
 
 def recipe_named(name: str) -> Recipe:

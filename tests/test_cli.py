@@ -189,10 +189,8 @@ LATER = [
     ["--super_bits", "6"],
     ["--super_group_size", "8"],
     ["--nblocks", "2"],
-    ["--enable_alg_ext"],
     ["--enable_norm_bias_tuning"],
     ["--enable_lfq"],
-    ["--dynamic_max_gap", "5"],
     ["--enable_torch_compile"],
     ["--scheme", "W4A16_MIXED"],
 ]

@@ -10,7 +10,7 @@ from auto_round.core.plan import Plan
 from auto_round.core.scheme import Scheme, TensorSpec
 from auto_round.jobs.starts import start
 from auto_round.sources.base import Block
-from auto_round.steps.base import BlockReport, Stack
+from auto_round.steps.base import BlockReport, Stack, output_loss
 from auto_round.steps.gptq import DAMPING, Gptq, inverse_factor, rounded_in_order, swept
 from auto_round.steps.refit import Refit
 from auto_round.steps.sign_round import SignRound
@@ -221,3 +221,36 @@ def test_the_published_procedure_keeps_what_it_tuned_and_holds_nothing_back():
     report = BlockReport()
     SignRound(iters=12, batch_size=8, published=True).block(block, plan_of(block, spec), {}, report)
     assert report.kept == "tuned" and seen == set(range(24))
+
+
+def test_a_block_that_is_as_good_as_exact_is_not_tuned():
+    block, report = Linears(), BlockReport()
+    spec = TensorSpec(bits=8, group=16, scale_dtype="float32")
+    for name in block.weights:  # exactly representable
+        block.weights[name] = fake(block.weights[name], spec)
+    SignRound(iters=12).block(block, plan_of(block, spec), {}, report)
+    assert report.kept == "plain" and report.iterations == 0 and "tuned" not in report.losses
+
+
+def test_patience_ends_tuning_after_the_best_state():
+    block, report = Linears(), BlockReport()
+    SignRound(iters=200, lr=0.5, schedule=lambda done: 1.0, patience=30).block(
+        block, plan_of(block, TensorSpec(bits=4, group=16)), {}, report
+    )
+    assert 30 <= report.iterations < 200
+
+
+def test_the_schedule_is_asked_for_every_step():
+    asked = []
+    block = Linears()
+    SignRound(iters=5, schedule=lambda done: asked.append(done) or 1.0).block(
+        block, plan_of(block, TensorSpec(bits=2, group=16)), {}, BlockReport()
+    )
+    assert asked == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+
+
+def test_a_trimmed_loss_leaves_out_the_values_furthest_off():
+    generator = torch.Generator().manual_seed(0)
+    out, target = torch.randn(2, 5, 100, generator=generator), torch.zeros(2, 5, 100)
+    kept = out.square().flatten().sort().values[:-10]
+    assert output_loss(out, target, None, trim=0.01).item() == pytest.approx((kept.sum() / 1000).item())

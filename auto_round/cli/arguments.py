@@ -129,10 +129,15 @@ class Tuning:
     enable_opt_rtn: Annotated[bool | None, _switch("enable-opt-rtn", help="Search of ranges.")] = None
     seed: Annotated[int, _flag("seed", help="Same seed, same bytes.")] = 42
     nblocks: Annotated[int, _flag("nblocks")] = 1
-    enable_alg_ext: Annotated[bool, _switch("enable-alg-ext")] = False
+    enable_alg_ext: Annotated[
+        bool, _switch("enable-alg-ext", help="SignRoundV2: outliers are left out of the loss below 4 bits.")
+    ] = False
     enable_norm_bias_tuning: Annotated[bool, _flag("enable-norm-bias-tuning")] = False
     enable_lfq: Annotated[bool, _switch("enable-lfq")] = False
-    dynamic_max_gap: Annotated[int, _flag("dynamic-max-gap")] = -1
+    dynamic_max_gap: Annotated[
+        int, _flag("dynamic-max-gap", help="Stop a block that many steps after its best; -1: never.")
+    ] = -1
+    lr_scheduler: Annotated[Text, _flag("lr-scheduler", help="linear (default), cosine or constant.")] = None
 
 
 @Parameter(name="*", group=Group("Data and machine", sort_key=4))

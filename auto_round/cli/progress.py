@@ -79,6 +79,8 @@ class Show(AbstractContextManager["Show"]):
         self.results.append(result)
         losses = result.report.losses
         described = "  ".join(f"{name} {loss:.3e}" for name, loss in losses.items())
+        if losses:
+            described += f"  {result.report.iterations} steps"
         self.console.print(
             f"{result.name}: {result.layers} layers  {described}  kept {result.report.kept}  {result.seconds:.1f}s"
             f"{_experts(result)}",

@@ -142,9 +142,15 @@ def stacks_of(block: Block, plan: Plan, knobs: Mapping[str, Knobs]) -> list[Stac
     ]
 
 
-def output_loss(out: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean squared error of block outputs (B, T, H) over the tokens that count."""
+def output_loss(out: Tensor, target: Tensor, valid: Tensor | None, trim: float = 0.0) -> Tensor:
+    """Mean squared error of block outputs (B, T, H) over the tokens that count.
+
+    trim: share of the values, those furthest off, that count as right.
+    """
     squared = (out - target).square()
+    if trim:
+        worst = squared.detach().flatten().topk(max(1, int(trim * squared.numel()))).indices
+        squared = squared.flatten().index_fill(0, worst, 0.0).reshape(squared.shape)
     if valid is None:
         return squared.mean()
     return (squared * valid.unsqueeze(-1)).sum() / (valid.sum().clamp(min=1) * out.shape[-1])

@@ -28,6 +28,8 @@ CHECKS, CHECK_STEPS = (
     10,
     5,
 )  # the held-out loss is measured that often while tuning, at least so many steps apart
+BFLOAT16_NOISE = 2.0**-18 / 3  # mean squared relative error of rounding to 8 significant bits, at most
+TRIMMED = 0.001  # share of the outputs that an outlier-trimmed loss leaves out
 LOSS_FACTOR = 1000.0  # keeps small gradients out of underflow; their sign is all that counts
 MANY_ITERS, FEW_BITS = 1000, 3  # from that many iterations on, layers of few bits learn at twice the rate
 
@@ -72,6 +74,9 @@ class SignRound(Step):
     trained on, the best state is that of the step with the least loss on its own batch, and it is kept in any case.
     lr: step size, default 1 / iters, so that the linearly decaying steps add up to half a code.
     minmax_lr: step size of the range factors, default lr. adam: AdamW instead of the sign of the gradient.
+    schedule: factor on the rates by the share of steps done. patience: if above 0, stop so many steps after the best.
+    trim_below: in blocks with a layer of at most that many bits, a thousandth of the outputs is left out of the loss
+    that is trained on, those furthest off (SignRoundV2, arXiv:2512.04746).
     """
 
     iters: int = 200
@@ -85,6 +90,9 @@ class SignRound(Step):
     best_state: bool = True
     offset_share: float = 0.5
     published: bool = False
+    schedule: Callable[[float], float] = field(default=lambda done: 1 - done)
+    patience: int = -1
+    trim_below: int = 0
     seed: int = 42
     needs: Needs = field(default=Needs.FORWARD, init=False)
     requires: Needs = field(default=Needs.FORWARD, init=False)
@@ -103,12 +111,19 @@ class SignRound(Step):
         for name, candidate in candidates.items():
             report.losses[name] = loss_on(block, held_out, fakes_of(block, plan, candidate), self.batch_size)
         start = min(report.losses, key=lambda name: report.losses[name])
-        candidates["tuned"], report.losses["tuned"] = self._tune(
+        if report.losses[start] <= self._floor(block, held_out) and not self.published:
+            report.kept = start
+            return candidates[start]
+        candidates["tuned"], report.losses["tuned"], report.iterations = self._tune(
             block, specs, candidates[start], (train, held_out), report.losses[start]
         )
         report.kept = "tuned" if self.published else min(report.losses, key=lambda name: report.losses[name])
-        report.iterations = self.iters
         return candidates[report.kept]
+
+    def _floor(self, block: Block, rows: list[int]) -> float:
+        """The loss at which an output is as good as exact: that of storing it in bfloat16, with 8 significant bits."""
+        squares = [block.target([row]).square().mean().item() for row in rows]
+        return BFLOAT16_NOISE * sum(squares) / len(squares)
 
     def _tune(
         self,
@@ -117,8 +132,8 @@ class SignRound(Step):
         start: Mapping[str, Knobs],
         samples: tuple[list[int], list[int]],
         start_loss: float,
-    ) -> tuple[dict[str, Knobs], float]:
-        """(knobs, held-out loss) after `iters` sign steps from `start`."""
+    ) -> tuple[dict[str, Knobs], float, int]:
+        """(knobs, held-out loss, steps taken) after `iters` sign steps from `start`, or fewer with `patience`."""
         train, held_out = samples
         batches = [self._batch(block, names, specs[names[0]], start) for names in _alike(block, specs)]
         trainables = [t for batch in batches for t in batch.tuned.values()]
@@ -126,22 +141,27 @@ class SignRound(Step):
         if self.published or not self.best_state:
             best_loss = math.inf
         draws = _draws(train, self.batch_size * self.gradient_accumulate_steps, self._generator(block))
-        checks = self._checks()
+        checks, best_step, step = self._checks(), 0, 0
+        trim = TRIMMED if min(spec.bits for spec in specs.values()) <= self.trim_below else 0.0
         for step in range(1, self.iters + 1):
-            loss = self._accumulate(block, batches, next(draws))
+            loss = self._accumulate(block, batches, next(draws), trim)
+            before = best_loss
             if self.published and self.best_state:
                 best_loss = _keep(trainables, loss.item(), best_loss)
-            update(1 - (step - 1) / self.iters)
+            update(self.schedule((step - 1) / self.iters))
             if step in checks:
                 with torch.no_grad():
                     held = loss_on(block, held_out, _fakes(batches), self.batch_size)
                 best_loss = _keep(trainables, held, best_loss)
+            best_step = step if best_loss < before else best_step
+            if self.best_state and 0 < self.patience <= step - best_step:
+                break
         if not math.isfinite(best_loss):
             raise AutoRoundError(
                 f"{block.name}: the loss is {best_loss}; the block's output is not finite on this data"
             )
         best = {name: own for batch in batches for name, own in batch.best().items()}
-        return {name: {**start.get(name, NEUTRAL), **best[name]} for name in specs}, best_loss
+        return {name: {**start.get(name, NEUTRAL), **best[name]} for name in specs}, best_loss, step
 
     def _checks(self) -> set[int]:
         """The steps after which the held-out loss is measured: the last one, and regular ones before it."""
@@ -185,14 +205,14 @@ class SignRound(Step):
             found[name] = Trainable(first.clone().requires_grad_(), low, high, own, first.clone())
         return found
 
-    def _accumulate(self, block: Block, batches: list[Batch], rows: list[int]) -> Tensor:
+    def _accumulate(self, block: Block, batches: list[Batch], rows: list[int], trim: float) -> Tensor:
         """The loss over the samples `rows`, (); its gradients are added up in micro-batches."""
         total = torch.zeros(())
         for start in range(0, len(rows), self.batch_size):
             part = rows[start : start + self.batch_size]
             out = block.run(part, _fakes(batches))
             share = len(part) / len(rows)
-            loss = output_loss(out, block.target(part), block.valid(part)) * share
+            loss = output_loss(out, block.target(part), block.valid(part), trim) * share
             (loss * LOSS_FACTOR).backward()
             total = total.to(loss.device) + loss.detach()
         return total

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from auto_round.codecs.base import codec_of, preset
-from auto_round.core.errors import DataError, FormatError, NotYetError, PlanError, SchemeError
+from auto_round.core.errors import DataError, FormatError, ModelError, NotYetError, PlanError, SchemeError
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import FLAT_NAMES, QuantizationScheme, Scheme
@@ -39,6 +39,7 @@ from auto_round.models.stored import streamed_subject
 from auto_round.models.subject import Subject, check_sources, check_streamed, open_subject
 from auto_round.options import DEFAULT_SCHEME, Options
 from auto_round.recipes import Recipe, algorithm_named, recipe_named, schedule_named
+from auto_round.sources import plain
 from auto_round.sources.base import Needs, Source
 from auto_round.sources.blocks import Execution, LiveSource
 from auto_round.sources.dataset import Calibration, Request, load_calibration
@@ -232,15 +233,17 @@ class AutoRound:
 
     def subject(self) -> Subject:
         """The model as files and layers."""
-        if self._subject is None and self.folder is not None and self._streams():
+        streams = self.folder is not None and load.has_safetensors(self.folder) and self._streams()
+        if self._subject is None and self.folder is not None and streams:
+            files = plain.open_folder(self.folder)
             self._subject = streamed_subject(
-                self.folder,
+                files,
                 embedding=self._whole,
                 blocks=self.options.to_quant_block_names,
                 trust_remote_code=self.options.trust_remote_code,
             )
-            if self._subject is not None:
-                check_streamed(self.folder, trust_remote_code=self.options.trust_remote_code)
+            if self._subject is not None and not self.options.model_free:
+                check_streamed(files, trust_remote_code=self.options.trust_remote_code)
         if self._subject is None:
             self._subject = open_subject(
                 self.folder,
@@ -253,6 +256,7 @@ class AutoRound:
                 head=self.options.quant_lm_head,
                 embedding=self._whole,
                 dtype=self.options.model_dtype or "auto",
+                opener=plain.open_folder,
             )
         return self._subject
 
@@ -315,6 +319,11 @@ class AutoRound:
     def _live_model(self) -> nn.Module:
         if self.model is None:
             assert self.folder is not None, "a model or a folder is given"
+            if "quantization_config" in load.read_config(self.folder):
+                raise ModelError(
+                    f"{self.folder} is quantized already and is read block by block: use quantize_and_save, "
+                    "or give the original model"
+                )
             self.model = load.load_model(
                 self.folder,
                 trust_remote_code=self.options.trust_remote_code,

@@ -231,12 +231,12 @@ def test_weights_too_large_for_a_stored_scale_name_the_layer(model, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "auto-round", "fp8"])
-def test_a_model_that_is_quantized_already_is_refused(model, tmp_path, method):
+def test_a_model_that_only_claims_to_be_quantized_is_refused(model, tmp_path, method):
     def change(config):
         config["quantization_config"] = {"quant_method": method, "bits": 4}
 
     edit(model / "config.json", change)
-    words = ["quantized already", method, "give the original model"]
+    words = ["no quantized tensor", method, "remove that entry"]
     refused(ModelError, words, lambda: quantized(model, tmp_path / "out"))
 
 

@@ -95,16 +95,13 @@ def _download(model: str, *, platform: str, revision: str | None) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The contents of config.json. Raises ModelError when it is not JSON or the model is quantized already."""
+    """The contents of config.json. Raises ModelError when it is not JSON."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except json.JSONDecodeError as error:
         raise ModelError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{folder / 'config.json'} holds no settings but {config!r:.40}")
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise ModelError(f"{folder} is quantized already (quant_method {method!r}); give the original model")
     return config
 
 

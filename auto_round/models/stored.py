@@ -10,7 +10,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from auto_round.core.errors import ModelError
@@ -26,18 +25,16 @@ WEIGHT = ".weight"
 
 
 def streamed_subject(
-    folder: Path, *, blocks: Any, trust_remote_code: bool, embedding: bool = False
+    files: ModelFiles, *, blocks: Any, trust_remote_code: bool, embedding: bool = False
 ) -> Subject | None:
-    """The model in `folder` by its names, or None when these do not tell all and transformers knows better.
+    """The model of `files`, a folder, by its names, or None when these do not tell all and transformers knows better.
 
     blocks: narrows the anatomy (`to_quant_block_names`). embedding: whether that table counts as a layer.
     Raises ModelError when the names show no list of blocks.
     """
-    if not load.has_safetensors(folder):
-        return None
-    files = load.open_folder(folder)
+    assert files.folder is not None, "only folders are streamed"
     if not tells_all(files.store.infos, files.config) and load.knows(
-        folder, trust_remote_code=trust_remote_code
+        files.folder, trust_remote_code=trust_remote_code
     ):
         return None
     return stored_subject(files, blocks=blocks, embedding=embedding)
@@ -67,7 +64,7 @@ def tells_all(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> boo
     Not so for checkpoints of a base model ("h.0" for "transformer.h.0"), for models with towers, and for heads that
     transformers calls otherwise.
     """
-    prefixes = {found.rpartition(".")[0] for name in infos if (found := _block(name))}
+    prefixes = {found.rpartition(".")[0] for name in infos if (found := block_of(name))}
     renamed = "text_config" in config or f"embed_out{WEIGHT}" in infos
     return bool(prefixes) and all("." in prefix for prefix in prefixes) and not renamed
 
@@ -84,7 +81,7 @@ def anatomy_of_names(
     pieces = {layer: piece for module in experts for layer, piece in module.pieces()}
     for tensor in sorted(infos, key=natural):
         name = tensor.removesuffix(WEIGHT)
-        block = _block(tensor)
+        block = block_of(tensor)
         reason = _reason(tensor, infos[tensor], block, text)
         if reason is not None:
             left[tensor] = reason
@@ -114,13 +111,13 @@ def anatomy_of_names(
         routers=tuple(
             name.removesuffix(WEIGHT)
             for name in left
-            if _block(name) and name.removesuffix(WEIGHT).endswith(quirks.ROUTER_ENDINGS)
+            if block_of(name) and name.removesuffix(WEIGHT).endswith(quirks.ROUTER_ENDINGS)
         ),
     )
 
 
-def _block(tensor: str) -> str | None:
-    """ "model.layers.3" of "model.layers.3.mlp.up_proj.weight": up to the first number."""
+def block_of(tensor: str) -> str | None:
+    """The block of a tensor: "model.layers.3" of "model.layers.3.mlp.up_proj.weight", up to the first number."""
     parts = tensor.split(".")
     at = next((i for i, part in enumerate(parts) if part.isdigit() and 0 < i < len(parts) - 1), None)
     return None if at is None else ".".join(parts[: at + 1])
@@ -164,7 +161,7 @@ def _embeddings(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> I
     text = config.get("text_config") or config
     for tensor, info in infos.items():
         last = tensor.removesuffix(WEIGHT).rpartition(".")[2]
-        if _block(tensor) is not None or len(info.shape) != 2 or last in quirks.HEADS:
+        if block_of(tensor) is not None or len(info.shape) != 2 or last in quirks.HEADS:
             continue
         if info.shape[0] == text.get("vocab_size") or last in ("embed_tokens", "wte", "embed_in"):
             yield tensor

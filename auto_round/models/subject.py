@@ -14,7 +14,7 @@ from auto_round.core.errors import ModelError
 from auto_round.core.plan import Plan
 from auto_round.models import load
 from auto_round.models.anatomy import Anatomy, anatomy
-from auto_round.models.checkpoint import Checkpoint, StateDict, names_match
+from auto_round.models.checkpoint import StateDict, names_match
 from auto_round.models.experts import SavedNames, live_store, split_store
 from auto_round.models.load import ModelFiles
 from auto_round.models.skeleton import Located, check_missing, locate
@@ -60,21 +60,23 @@ def open_subject(
     head: bool = False,
     embedding: bool = False,
     dtype: str = "auto",
+    opener: Callable[[Path], ModelFiles] = load.open_folder,
 ) -> Subject:
     """Find layers and files of a model folder, or of a live model when there is no folder.
 
     With a folder of safetensors the module tree is built without weights; `load_live` is called only when the weights
     are in another form. blocks: narrows the anatomy (`to_quant_block_names`). named, head: layers outside the blocks
     that may be quantized too. embedding: whether the input embedding counts as a layer.
+    opener: how the files of a folder of safetensors are opened.
     """
-    files, tree = _files_and_tree(folder, model, load_live, tokenizer, trust_remote_code, dtype)
+    files, tree = _files_and_tree(folder, model, load_live, tokenizer, trust_remote_code, dtype, opener)
     body = anatomy(tree).narrowed(blocks)
     if embedding:
         body = body.with_embedding(tree)
     own = [layer for layer in body.layers.values() if layer.name != body.head or not body.tied]
     wanted = {*named, *([body.head] if head else [])}
     prefix, saved = str(tree.base_model_prefix), SavedNames(tree).renamed
-    if isinstance(files.store, Checkpoint):
+    if files.folder is not None:
         files = replace(files, store=split_store(files.store, body.experts, prefix, whole=True))
     needed = [layer.tensor for layer in own if layer.block is not None or layer.name in wanted]
     names = names_match(needed, files.store.infos, prefix, saved)
@@ -92,11 +94,11 @@ def open_subject(
     return Subject(anatomy=body, files=files, names=names, tree=tree, located=located)
 
 
-def check_streamed(folder: Path, *, trust_remote_code: bool) -> None:
+def check_streamed(files: ModelFiles, *, trust_remote_code: bool) -> None:
     """Raise ModelError when the checkpoint lacks a tensor of the architecture, also one that would only be copied."""
-    files = load.open_folder(folder)
+    assert files.folder is not None, "only folders are streamed"
     try:
-        tree = load.skeleton(folder, trust_remote_code=trust_remote_code)
+        tree = load.skeleton(files.folder, trust_remote_code=trust_remote_code)
     except ModelError:
         return  # not an architecture of transformers: nobody knows what is missing
     body, prefix = anatomy(tree), str(tree.base_model_prefix)
@@ -123,6 +125,7 @@ def _files_and_tree(
     tokenizer: Any,
     trust_remote_code: bool,
     dtype: str,
+    opener: Callable[[Path], ModelFiles],
 ) -> tuple[ModelFiles, nn.Module]:
     if folder is None:
         assert model is not None, "a model or a folder is given"
@@ -134,7 +137,7 @@ def _files_and_tree(
             if model is None
             else model
         )
-        return load.open_folder(folder), tree
+        return opener(folder), tree
     tree = load_live()
     files = load.of_live_model(tree, None)
     return replace(files, config=config, side_files=load.side_files(folder), savers=()), tree

@@ -310,7 +310,7 @@ def test_no_more_is_read_of_a_source_than_is_wanted():
         ([3, 4], ["int", "token ids"]),
         ([None], ["NoneType", "token ids"]),
         ([{"labels": [1, 2], "pixels": [3]}], ["labels", "pixels", "text"]),
-        ([["words", "words"]], ["list of str", "token ids"]),
+        ([["words", 3]], ["list of str", "token ids"]),
         ([[1.5, 2.5]], ["list of float", "token ids"]),
         ([[]], ["list", "token ids"]),
     ],

@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import samples, tiny, tokenizer
 from test_dataset import LONG, SEQLEN, decoded, ids, load, write
+from torch.utils.data import DataLoader
 
 from auto_round import AutoRound
 from auto_round.core.errors import DataError
@@ -204,6 +205,8 @@ OBJECTS = {
     "an instruction with input": [
         {"instruction": "Sum up.", "input": text, "output": "Rain."} for text in LONG
     ],
+    "a loader of texts": DataLoader(LONG, batch_size=2),
+    "a loader of dicts": DataLoader([{"id": i, "text": text} for i, text in enumerate(LONG)], batch_size=2),
     "ids by text": [{"input_ids": text} for text in LONG],
 }
 

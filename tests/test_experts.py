@@ -274,3 +274,40 @@ def inner_states(fused, x, weights):
         gate, up = gate.clamp(max=fused.limit), up.clamp(-fused.limit, fused.limit)
         return (up + 1) * gate * torch.sigmoid(gate * fused.alpha)
     return torch.nn.functional.silu(gate) * up
+
+
+class Mixture(torch.nn.Module):
+    """Experts that are modules of their own, as code outside transformers has them; the last one is never chosen."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = torch.nn.Linear(64, 4)
+        self.experts = torch.nn.ModuleList(
+            torch.nn.ModuleDict({"up": torch.nn.Linear(64, 64)}) for _ in range(4)
+        )
+
+    def forward(self, x):
+        flat = x.reshape(-1, 64)
+        chosen, out = self.gate(flat)[:, :3].argmax(-1), torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            mine = (chosen == number).nonzero()[:, 0]
+            if len(mine):
+                out = out.index_add(0, mine, expert["up"](flat[mine]))
+        return out.view_as(x)
+
+
+def test_separate_experts_are_counted_and_starved_ones_searched_by_their_weights(caplog):
+    model = tiny("llama")
+    for block in model.model.layers:
+        block.mlp = Mixture()
+    watch, before = Watch(), copy.deepcopy(model)
+    plain, _ = AutoRound(copy.deepcopy(model), **RTN).quantize()
+    job = AutoRound(model, **{**SMALL, "iters": 2, "nsamples": 8, "dataset": samples(8)})
+    job.observers.append(watch)
+    job.quantize()
+    tokens = watch.results[1].tokens
+    assert sum(tokens.values()) == 8 * 32 and tokens["model.layers.1.mlp.experts.3"] == 0
+    assert "model.layers.1.mlp.experts.3 (0 tokens)" in caplog.text
+    name = "model.layers.1.mlp.experts.3.up.weight"
+    errors = [(other.get_parameter(name) - before.get_parameter(name)).norm() for other in (model, plain)]
+    assert errors[0] <= errors[1] * (1 + 1e-6)

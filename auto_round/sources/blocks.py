@@ -7,7 +7,6 @@ are quantized, and what it is tuned on. Blocks run in float32 (matrix products i
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
@@ -28,10 +27,8 @@ from auto_round.models.skeleton import Resident, Skeleton
 from auto_round.sources.activations import InputGrid, Limits, quantized_inputs
 from auto_round.sources.base import Block, Needs, Source
 from auto_round.sources.dataset import Calibration
-from auto_round.sources.expert_inputs import STARVED, ExpertInputs, quantized_expert_inputs
+from auto_round.sources.expert_inputs import BlockExperts, quantized_expert_inputs, tell_starved
 
-logger = logging.getLogger("auto_round")
-NAMED_MOST = 20  # starved experts in one message; the report has them all
 GRAM_MOST = 8192  # a Gram matrix of that many channels takes 256 MB
 
 
@@ -97,43 +94,33 @@ class LiveBlock(Block):
         plain = [name for name, layer in self._layers.items() if layer.piece is None]
         seen: list[tuple[Tensor, str]] = []
         hooks = [self._gather(name, seen) for name in plain] if statistics else []
-        experts = self._watched() if statistics else []
+        experts = BlockExperts(
+            self._submodule,
+            self._experts if statistics else (),
+            plain if statistics else (),
+            lambda: self.valid(self._rows),
+        )
         self._targets = torch.empty_like(self._chain.plain)
-        with ExitStack() as stack:
-            for watched in experts:
-                stack.enter_context(watched.watching())
+        with experts.watching():
             for rows in self.batches():
                 self._rows = rows
                 seen.clear()
                 self._targets[rows] = self._forward(self._chain.plain, rows, None).cpu()
         for hook in hooks:
             hook.remove()
-        if experts:
-            self._observe_experts(experts)
-
-    def _watched(self) -> list[ExpertInputs]:
-        modules = [self.module.get_submodule(self._inside(experts.path)) for experts in self._experts]
-        return [
-            ExpertInputs(module, experts, lambda: self.valid(self._rows))
-            for module, experts in zip(modules, self._experts, strict=True)
-        ]
-
-    def _observe_experts(self, experts: list[ExpertInputs]) -> None:
-        """Take over what was seen of each expert; starved ones get every token in another pass."""
-        self.tokens = {
-            f"{w.experts.saved}.{expert}": count for w in experts for expert, count in enumerate(w.tokens)
-        }
-        self.starved = frozenset(name for watched in experts for name in watched.starved_layers())
-        if self.starved:
-            with ExitStack() as stack:
-                for watched in experts:
-                    stack.enter_context(watched.watching(starved_only=True))
+        self.tokens, self.starved = experts.tokens, experts.fed | experts.blind
+        if experts.fed:
+            with experts.watching(starved_only=True):
                 for rows in self.batches():
                     self._rows = rows
                     self._forward(self._chain.plain, rows, None)
-        for watched in experts:
-            self._importance.update(watched.importance())
-            self._limits.update(watched.limits())
+        self._importance.update(experts.importance())
+        self._limits.update(experts.limits())
+        for name in experts.blind:
+            self._importance.pop(name, None)
+
+    def _submodule(self, layer: str) -> nn.Module:
+        return self.module.get_submodule(self._inside(layer))
 
     def _gather(self, layer: str, seen: list[tuple[Tensor, str]]) -> torch.utils.hooks.RemovableHandle:
         """Add up X'X of the inputs of `layer`; layers that get the very same tensor, `seen` in this pass, share it."""
@@ -159,7 +146,7 @@ class LiveBlock(Block):
                 total = self._importance[layer]
                 total.addmm_(x.t(), x) if total.ndim == 2 else total.add_(x.square().sum(0))
 
-        return self.module.get_submodule(self._inside(layer)).register_forward_pre_hook(add)
+        return self._submodule(layer).register_forward_pre_hook(add)
 
     def importance(self, layer: str) -> Tensor | None:
         """Sum of squares of each input channel over all samples."""
@@ -347,7 +334,7 @@ class LiveSource(Source):
         self.model, self.anatomy, self.execution, self.data = self._home.model, anatomy, execution, data
         self._needs = Needs.NOTHING
         self._last_block = ""
-        self._starved: dict[str, int] = {}
+        self._tokens: dict[str, int] = {}
 
     def blocks(self, needs: Needs, wanted: Iterable[str], finished: Collection[str] = ()) -> Iterator[Block]:
         """In model order; inputs of a block list are captured when it is reached."""
@@ -366,7 +353,7 @@ class LiveSource(Source):
             for index, (name, module) in enumerate(zip(blocks, modules, strict=True)):
                 gather = name not in finished
                 yield self._block(name, module, chain, calls[index] if calls else None, gather)
-        self._tell_starved()
+        tell_starved(self._tokens)
         for layer in outside:
             reader = self._reader(layer)
             inputs = (
@@ -416,18 +403,8 @@ class LiveSource(Source):
             block.attach(chain, calls, None if self.data is None else self.data.valid)
             with torch.no_grad():
                 block.observe(statistics=gather)
-            self._starved.update({name: count for name, count in block.tokens.items() if count < STARVED})
+            self._tokens.update(block.tokens)
         return block
-
-    def _tell_starved(self) -> None:
-        if self._starved:
-            named = [f"{name} ({count} tokens)" for name, count in self._starved.items()]
-            more = f" and {len(named) - NAMED_MOST} more" if len(named) > NAMED_MOST else ""
-            logger.warning(
-                "%d experts got fewer than %d calibration tokens: %s%s. They are calibrated on all tokens of their "
-                "block and not tuned; more or more varied samples reach them",
-                len(named), STARVED, ", ".join(named[:NAMED_MOST]), more,
-            )  # fmt: skip
 
     def _capture(self, recorder: Recorder, blocks: Sequence[str]) -> tuple[Chain, list[Calls]]:
         assert self.data is not None, "capture needs data"

@@ -42,8 +42,22 @@ ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 
 def rows_of(items: Iterable[Any], tokenizer: Any, part: Part, seqlen: int) -> Iterator[Row]:
     """The token ids of each item, read as they are asked for; with `part.concat`, of all of them together, cut."""
-    rows = (row for item in items for row in _rows(item, tokenizer, part))
+    rows = (row for item in items for one in _apart(item) for row in _rows(one, tokenizer, part))
     return _concatenated(rows, tokenizer, seqlen) if part.concat else rows
+
+
+def _apart(item: Any) -> Iterable[Any]:
+    """The samples of a batch of texts, or of a dict of them, as a DataLoader makes it; else the item itself."""
+    if _is_texts(item):
+        return item
+    if isinstance(item, Mapping) and any(_is_texts(item.get(name)) for name in TEXT_COLUMNS):
+        batches = {key: value for key, value in item.items() if _is_texts(value)}
+        return [dict(zip(batches, values, strict=True)) for values in zip(*batches.values(), strict=True)]
+    return [item]
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(text, str) for text in value)
 
 
 def _rows(item: Any, tokenizer: Any, part: Part) -> Iterator[Row]:

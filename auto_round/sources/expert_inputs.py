@@ -6,19 +6,24 @@ of all tokens of the block, as if every one had been sent to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from auto_round.codecs.base import fake_inputs
+from auto_round.models.anatomy import experts_of
 from auto_round.models.capture import replaced_forwards
 from auto_round.models.expert_modules import expert_output, routed
 from auto_round.models.experts import Experts, Piece
 from auto_round.sources.activations import InputGrid, Limits
 
+logger = logging.getLogger("auto_round")
+
+NAMED_MOST = 20  # starved experts in one message; the report has them all
 STARVED = 64
 """An expert with fewer tokens is starved: a Gram matrix of fewer inputs is mostly chance."""
 GRAM_BYTES = 2**30
@@ -161,3 +166,85 @@ def quantized_expert_inputs(
 
     with replaced_forwards([module], [forward]) if mine else nullcontext():
         yield
+
+
+@contextmanager
+def counted_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
+    """Layer -> the inputs (rows) that its module gets while the context lasts."""
+    counts = dict.fromkeys(modules, 0)
+
+    def count(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            counts[layer] += args[0].numel() // args[0].shape[-1]
+
+        return add
+
+    handles = [module.register_forward_pre_hook(count(layer)) for layer, module in modules.items()]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class BlockExperts:
+    """All experts of one block: fused ones, and those that are modules of their own."""
+
+    def __init__(
+        self,
+        module: Callable[[str], nn.Module],
+        fused: Iterable[Experts],
+        layers: Iterable[str],
+        valid: Callable[[], Tensor | None],
+    ) -> None:
+        """module: gives the module of a name. layers: those that are modules. valid: see `ExpertInputs`."""
+        self._fused = [ExpertInputs(module(experts.path), experts, valid) for experts in fused]
+        self._separate = {name: module(name) for name in layers if experts_of(name)}
+        self._counts: dict[str, int] = {}
+
+    @contextmanager
+    def watching(self, *, starved_only: bool = False) -> Iterator[None]:
+        """Gather while the block runs; see `ExpertInputs.watching`."""
+        with ExitStack() as stack:
+            for watched in self._fused:
+                stack.enter_context(watched.watching(starved_only=starved_only))
+            if not starved_only:
+                self._counts = stack.enter_context(counted_inputs(self._separate))
+            yield
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Expert -> its tokens."""
+        fused = {f"{w.experts.saved}.{expert}": n for w in self._fused for expert, n in enumerate(w.tokens)}
+        return {**{name.rpartition(".")[0]: count for name, count in self._counts.items()}, **fused}
+
+    @property
+    def fed(self) -> frozenset[str]:
+        """Layers of starved experts that another pass can send every token to."""
+        return frozenset(name for watched in self._fused for name in watched.starved_layers())
+
+    @property
+    def blind(self) -> frozenset[str]:
+        """Layers of starved experts that keep to what their weights tell."""
+        return frozenset(name for name, count in self._counts.items() if count < STARVED)
+
+    def importance(self) -> dict[str, Tensor]:
+        """Layer of fused experts -> second moments of its inputs."""
+        return {name: found for watched in self._fused for name, found in watched.importance().items()}
+
+    def limits(self) -> dict[str, Limits]:
+        """Layer of fused experts -> smallest and largest of its inputs."""
+        return {name: found for watched in self._fused for name, found in watched.limits().items()}
+
+
+def tell_starved(tokens: Mapping[str, int]) -> None:
+    """Name the starved among the experts whose `tokens` were counted, in one warning."""
+    named = [f"{name} ({count} tokens)" for name, count in tokens.items() if count < STARVED]
+    if named:
+        more = f" and {len(named) - NAMED_MOST} more" if len(named) > NAMED_MOST else ""
+        logger.warning(
+            "%d experts got fewer than %d calibration tokens: %s%s. They are not tuned, and calibrated on all "
+            "tokens of their block, or on their weights when they are modules of their own; more or more varied "
+            "samples reach them",
+            len(named), STARVED, ", ".join(named[:NAMED_MOST]), more,
+        )  # fmt: skip

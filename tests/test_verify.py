@@ -271,3 +271,10 @@ def test_the_command_verifies(make, capsys):
 def test_a_folder_that_is_not_there_is_an_error():
     with pytest.raises(ModelError, match="no folder"):
         verify("/nowhere")
+
+
+def test_a_head_that_fp8_settings_do_not_name_is_float_all_the_same(make, tmp_path):
+    shutil.copytree(make("llama", "fp8", scheme="FP8_BLOCK"), tmp_path / "fp8")
+    for name in ("modules_to_not_convert", "ignored_layers"):
+        setting(name, value=[])(tmp_path / "fp8")
+    assert verify(tmp_path / "fp8") == []

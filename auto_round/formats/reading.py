@@ -152,7 +152,11 @@ def _fp8(settings: Mapping[str, Any], layers: Collection[str], inside: Collectio
         act=TensorSpec(dtype="fp", bits=8, group=columns, scale_dtype="float32"),
     )
     left = settings.get("modules_to_not_convert") or settings.get("ignored_layers") or []
-    schemes = {name: FLOAT if any(part in name for part in left) else scheme for name in layers}
+    # Readers never take the head for quantized, whether the settings name it or not.
+    schemes = {
+        name: scheme if name in inside and not any(part in name for part in left) else FLOAT
+        for name in layers
+    }
     return Described(format_named("fp8"), schemes, tuple(("modules_to_not_convert", name) for name in left))
 
 

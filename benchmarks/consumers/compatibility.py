@@ -28,6 +28,7 @@ from auto_round.jobs.verify import verify
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 FLOAT32_LIMIT, KERNEL_LIMIT = 1e-6, 1e-4
+NOTHING = "not run here"
 SETTINGS = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -148,8 +149,7 @@ def export(work: Path, model: str, cell: Cell, dataset: Path) -> None:
     home = work / "out" / model / cell.name
     if home.with_suffix(".json").exists():
         return
-    twin = "auto_round" if cell.inputs else "fake"
-    formats = cell.format if cell.format == twin else f"{cell.format},{twin}"
+    formats = ",".join(dict.fromkeys((cell.format, *(["auto_round"] if cell.inputs else []), "fake")))
     record: dict[str, object] = {"code": 0}
     settings = {
         "scheme": cell.scheme,
@@ -202,28 +202,56 @@ def jobs_of(work: Path, models: list[str], cells: list[Cell], reader: Reader | N
                 continue
             out = work / "logits" / (reader.name if reader else "reference") / model / cell.name
             out.parent.mkdir(parents=True, exist_ok=True)
-            twin = "" if reader else ("auto_round" if cell.inputs else "fake")
             job = reader.job(cell) if reader else {"override": False}
+            twin = "" if reader else ("auto_round" if cell.inputs else "fake")
             jobs.append({**job, "folder": str(folder_of(work, model, cell, twin)), "out": str(out)})
+            if cell.inputs and (reader is None or reader.name == "compressed-tensors"):
+                alone = (
+                    folder_of(work, model, cell, "fake")
+                    if reader is None
+                    else weights_alone(work, model, cell)
+                )
+                jobs.append({**job, "folder": str(alone), "out": f"{out}-weights"})
     return jobs
+
+
+def weights_alone(work: Path, model: str, cell: Cell) -> Path:
+    """The same weight files under settings that leave inputs alone: the bytes without the reader's own rounding."""
+    folder = folder_of(work, model, cell)
+    out = folder.with_name(f"{folder.name}-weights")
+    if not out.exists():
+        shutil.copytree(folder, out, copy_function=os.link)
+        config = json.loads((folder / "config.json").read_text())
+        for group in config["quantization_config"]["config_groups"].values():
+            group["input_activations"] = None
+        (out / "config.json").unlink()
+        (out / "config.json").write_text(json.dumps(config))
+    return out
 
 
 def outcome(work: Path, venvs: Path, reader: Reader, model: str, cell: Cell) -> str:
     """One entry of the table."""
     if cell.format not in reader.formats:
         return ""
+    name = f"{model}/{cell.name}"
+    alone = compared(work, reader, f"{name}-weights")
     if reader.venv and not (venvs / reader.venv).exists():
         return "not run here"
-    base = work / "logits" / reader.name / model / cell.name
-    reference = work / "logits/reference" / model / f"{cell.name}.npy"
+    whole = compared(work, reader, name)
+    return f"weights {alone}; with inputs {whole}" if alone != NOTHING else whole
+
+
+def compared(work: Path, reader: Reader, name: str) -> str:
+    """What the reader made of one folder."""
+    base, reference = work / "logits" / reader.name / name, work / "logits/reference" / f"{name}.npy"
     if not Path(f"{base}.json").exists() or not reference.exists():
-        return "not run here"
+        return NOTHING
     record = json.loads(Path(f"{base}.json").read_text())
     if record["status"] != "loaded":
         return f"{record['status']}: {record['words'][:160]}".replace("|", "/")
     kl = divergence(np.load(reference), np.load(f"{base}.npy"))
     limit = FLOAT32_LIMIT if record["dtype"] == "float32" else KERNEL_LIMIT
-    return f"{kl:.0e} {record['dtype']}" + ("" if kl <= limit else " **beyond the limit**")
+    return f"{kl:.0e} {record['dtype']}" + ("" if kl <= limit else " (*)")
 
 
 def write_report(work: Path, venvs: Path, models: list[str], cells: list[Cell], path: Path) -> None:
@@ -235,7 +263,9 @@ def write_report(work: Path, venvs: Path, models: list[str], cells: list[Cell], 
         "float32 model, checked with `auto-round verify`, and loaded by its readers. A number is the divergence",
         "(nats per token) of the reader's distributions from those of our dequantized weights in float32, and the type",
         f"the reader computed in; at most {FLOAT32_LIMIT:g} in float32 and {KERNEL_LIMIT:g} in 16-bit kernels count as",
-        "the same model. Integer formats of GPTQ and AWQ are in [results.md](../benchmarks/consumers/results.md).",
+        "the same model, and (*) marks what is beyond. Where inputs are quantized, a reader finds their scales by a",
+        "rule of its own at run time; there the stored weights are compared alone too, under settings that leave",
+        "inputs in floating point. GPTQ and AWQ layouts are in [results.md](../benchmarks/consumers/results.md).",
     ]
     for model in models:
         lines += ["", f"## {model}", ""]

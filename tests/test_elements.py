@@ -12,6 +12,7 @@ from auto_round.codecs.elements import ElementCodec
 from auto_round.core import minifloat
 from auto_round.core.element_layouts import read_elements, write_elements
 from auto_round.core.errors import FormatError, SchemeError
+from auto_round.core.groups import merge, split
 from auto_round.core.scheme import Scheme, TensorSpec
 
 ELEMENTS = {
@@ -290,16 +291,34 @@ def test_the_backward_is_that_of_the_straight_through_definition(spec):
 
 def straight_through_fake(w, spec, knobs):
     """Autograd through scale * clamp(w / scale + step * offset), every rounding passed through."""
-    from auto_round.core.groups import merge, split
-
     codec, groups = codec_of(spec), split(w, spec.group)
     element = codec.element(spec)
     scale = codec.multiplier(codec.grid(groups.abs().amax(1, keepdim=True), spec, knobs))
     x = groups / scale
-    wanted = x + element.step(x.detach()) * knobs["round"]
+    wanted = x + element.step(x.detach()) * knobs["round"]  # offsets count in steps at the value itself
     rounded = element.rounded(x.detach(), knobs["round"].detach())
     value = (wanted + (rounded - wanted).detach()).clamp(-element.top, element.top)
     return merge(value * scale, (w.shape[0], w.shape[1]), spec.group)
+
+
+@EVERY
+def test_any_move_can_be_written_as_offsets(spec):
+    codec, shape = codec_of(spec), (16, 80)
+    if not codec.holds_grid(spec):
+        return
+    w, moved = gaussian(*shape), gaussian(*shape, seed=7)
+    q = codec.quantize(w, spec)
+    grid, groups = codec.load(q.params, spec), split(w, spec.group)
+    change = split(moved, spec.group) - groups
+    knobs = {**codec.store(grid, spec), **codec.offsets(change, spec, grid, groups)}
+    wanted = merge(
+        codec.snap(groups + codec.change(knobs, spec, grid, groups), spec, grid), shape, spec.group
+    )
+    assert torch.equal(fake(w, spec, knobs), wanted)
+    assert (
+        wanted - merge(codec.snap(groups + change, spec, grid), shape, spec.group)
+    ).count_nonzero() < 3  # ties
+    assert torch.equal(codec.storable(grid["scale"], spec), grid["scale"])
 
 
 # ------------------------------------------------------------------------------------------------------------- shared
@@ -309,17 +328,17 @@ def test_a_fused_set_shares_its_global_scale():
     spec = presets()["NVFP4"].weight
     small, large = gaussian(8, 32), gaussian(8, 32, seed=1) * 10
     shared = codec_of(spec).tie([small, large], spec)
-    for w in (small, large):
-        q = codec_of(spec).quantize(w, spec, shared)
+    for w, knobs in zip((small, large), shared):
+        q = codec_of(spec).quantize(w, spec, knobs)
         assert q.params["global_scale"] == 448 * 6 / large.abs().max()
-        assert ((fake(w, spec, shared) - w).norm() / w.norm()) < 0.15
-    assert torch.equal(codec_of(spec).tie([large, small], spec)["global_scale"], shared["global_scale"])
+        assert ((fake(w, spec, knobs) - w).norm() / w.norm()) < 0.15
+    assert codec_of(spec).tie([large, small], spec)[0]["global_scale"][0] == shared[0]["global_scale"][0]
 
 
 @pytest.mark.parametrize("name", ["MXFP4", "MXFP8", "FP8_STATIC", "NVFP4_E5M3", "INT8"])
 def test_other_types_tie_nothing(name):
     spec = presets()[name].weight
-    assert not codec_of(spec).tie([gaussian(4, 32)], spec)
+    assert codec_of(spec).tie([gaussian(4, 32)], spec) == [{}]
 
 
 # ------------------------------------------------------------------------------------------------------------- inputs

@@ -51,9 +51,9 @@ class Codec(ABC):
         """
         return NEUTRAL
 
-    def tie(self, weights: Sequence[Tensor], spec: TensorSpec) -> Knobs:
-        """What the layers of one fused set, with their `weights` (O, I), must have in common. Default: nothing."""
-        return NEUTRAL
+    def tie(self, weights: Sequence[Tensor], spec: TensorSpec) -> list[Knobs]:
+        """For each of `weights` (O, I), the layers of one fused set, the knobs they must share. Default: none."""
+        return [NEUTRAL] * len(weights)
 
     def needs_range(self, spec: TensorSpec) -> bool:
         """Whether inputs of `spec` need a calibrated range, because not all of it is found at run time."""
@@ -67,15 +67,23 @@ class Codec(ABC):
         """Whether each row has grids of its own that stay while weights move: `snap` and the next three are there."""
         return False
 
+    def load(self, params: Mapping[str, Tensor], spec: TensorSpec) -> dict[str, Tensor]:
+        """The grid that `Quantized.params` stand for, as float32 numbers; each is per group, or one for all."""
+        return {key: value.float() for key, value in params.items()}
+
+    def store(self, grid: Mapping[str, Tensor], spec: TensorSpec) -> dict[str, Tensor]:
+        """The inverse of `load`: what a knob of the same name may be."""
+        return dict(grid)
+
     def snap(self, values: Tensor, spec: TensorSpec, grid: Knobs) -> Tensor:
-        """The representable values nearest to `values`, given their grid: `Quantized.params`, broadcast to `values`."""
+        """The representable values nearest to `values`, given their grid as `load` gives it, broadcast to `values`."""
         raise SchemeError(f"{self.name} cannot hold a grid")
 
-    def offsets(self, change: Tensor, spec: TensorSpec, grid: Knobs) -> Knobs:
-        """Knobs that make `quantize` round w + `change` in the place of w; `change` in groups, (G, K)."""
+    def offsets(self, change: Tensor, spec: TensorSpec, grid: Knobs, groups: Tensor) -> Knobs:
+        """Knobs that make `quantize` round `groups` + `change`, (G, K) each, in the place of `groups`."""
         raise SchemeError(f"{self.name} cannot hold a grid")
 
-    def change(self, knobs: Knobs, spec: TensorSpec, grid: Knobs) -> Tensor | float:
+    def change(self, knobs: Knobs, spec: TensorSpec, grid: Knobs, groups: Tensor) -> Tensor | float:
         """The inverse of `offsets`: by how much `knobs` move what is rounded, (G, K)."""
         raise SchemeError(f"{self.name} cannot hold a grid")
 

@@ -18,7 +18,7 @@ class ElementCodec(Codec):
     """Data types whose codes are small floats times one scale per group.
 
     A codec says which element it has, and how scales are found, stored and varied; the rest is common. A `grid` is what
-    `params` stand for, as float32: "scale" (G, 1), and whatever else the codec has.
+    `params` stand for, as float32: "scale" (G, 1), and whatever else there is, the same for all groups of a layer.
     """
 
     @abstractmethod
@@ -43,6 +43,25 @@ class ElementCodec(Codec):
     @abstractmethod
     def candidates(self, grid: Mapping[str, Tensor], spec: TensorSpec) -> list[Tensor]:
         """Other scales (G, 1) near those of `grid` that a search should try; storage can hold them."""
+
+    def holds_grid(self, spec: TensorSpec) -> bool:
+        """In all groups along rows."""
+        return isinstance(spec.group, int) and spec.group != 0
+
+    def snap(self, values: Tensor, spec: TensorSpec, grid: Knobs) -> Tensor:
+        """The nearest element, times the scale."""
+        scale = self.multiplier(grid)
+        return self.element(spec).near(values / scale).mul_(scale)
+
+    def offsets(self, change: Tensor, spec: TensorSpec, grid: Knobs, groups: Tensor) -> Knobs:
+        """The rounding offset, in steps of the element at each value."""
+        scale = self.multiplier(grid)
+        return {"round": change / (self.element(spec).step(groups / scale) * scale)}
+
+    def change(self, knobs: Knobs, spec: TensorSpec, grid: Knobs, groups: Tensor) -> Tensor | float:
+        """The rounding offset, in weights."""
+        scale = self.multiplier(grid)
+        return knobs["round"] * (self.element(spec).step(groups / scale) * scale) if "round" in knobs else 0.0
 
     def multiplier(self, grid: Mapping[str, Tensor]) -> Tensor:
         """What a code is multiplied by, (G, 1)."""
@@ -92,6 +111,7 @@ class ElementCodec(Codec):
         whole = importance is not None and importance.ndim == 2
         diagonal = importance.diagonal() if importance is not None and whole else importance
         grid = self.grid(_largest(groups), spec, fixed)
+        grid = {key: value if key == "scale" else value[:1] for key, value in grid.items()}
         weight = group_weights(diagonal, shape, spec.group)
         best = Best(groups, weight, self.element(spec), self.multiplier(grid))
 

@@ -77,6 +77,10 @@ class Float8(ElementCodec):
         """The inverse of `store`."""
         return {"scale": params["scale"].float()}
 
+    def storable(self, scale: Tensor, spec: TensorSpec) -> Tensor:
+        """`scale` in its storage dtype."""
+        return self._stored(scale, spec)
+
     def candidates(self, grid: Mapping[str, Tensor], spec: TensorSpec) -> list[Tensor]:
         """Other ranges."""
         return [self._stored(grid["scale"] * factor, spec) for factor in FACTORS]

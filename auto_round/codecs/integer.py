@@ -143,11 +143,11 @@ class Integer(Codec):
         here = Grid(grid["scale"], grid.get("zero", float(middle(spec))))
         return _codes(values, here, spec, None).sub_(here.zero).mul_(here.scale)
 
-    def offsets(self, change: Tensor, spec: TensorSpec, grid: Knobs) -> Knobs:
+    def offsets(self, change: Tensor, spec: TensorSpec, grid: Knobs, groups: Tensor) -> Knobs:
         """The rounding offset, in codes."""
         return {"round": change / grid["scale"]}
 
-    def change(self, knobs: Knobs, spec: TensorSpec, grid: Knobs) -> Tensor | float:
+    def change(self, knobs: Knobs, spec: TensorSpec, grid: Knobs, groups: Tensor) -> Tensor | float:
         """The rounding offset, in weights."""
         return knobs["round"] * grid["scale"] if "round" in knobs else 0.0
 

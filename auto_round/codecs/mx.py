@@ -18,6 +18,7 @@ from auto_round.core.minifloat import (
     E3M2,
     E4M3,
     E5M2,
+    E8M0_BIAS,
     INT4,
     MiniFloat,
     e8m0_byte,
@@ -71,6 +72,10 @@ class Microscaling(ElementCodec):
         if "scale" in knobs:
             return self.load(knobs, spec)
         return {"scale": power_of_two_scale(largest, self.element(spec), up=_dialect(spec)[1])}
+
+    def storable(self, scale: Tensor, spec: TensorSpec) -> Tensor:
+        """The power of two nearest to `scale`, by its logarithm."""
+        return e8m0_value((scale.log2().round() + E8M0_BIAS).clamp(0, 2 * E8M0_BIAS).int())
 
     def store(self, grid: Mapping[str, Tensor], spec: TensorSpec) -> dict[str, Tensor]:
         """{"scale"}: exponent + 127, uint8."""

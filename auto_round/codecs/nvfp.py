@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from auto_round.codecs.elements import ElementCodec
+from auto_round.core.groups import group_count
 from auto_round.core.minifloat import E2M1, E4M3, UE5M3, MiniFloat
 from auto_round.core.quantized import NEUTRAL, Knob, Knobs
 from auto_round.core.rounding import straight_through
@@ -74,11 +75,13 @@ class NVFloat(ElementCodec):
         factor = Knob(shape=(offset.shape[0], 1), neutral=1.0, low=0.5, high=1.5, per_value=False)
         return {"round": offset, "high": factor}
 
-    def tie(self, weights: Sequence[Tensor], spec: TensorSpec) -> Knobs:
-        """{"global_scale"}: that of all the weights together."""
+    def tie(self, weights: Sequence[Tensor], spec: TensorSpec) -> list[Knobs]:
+        """{"global_scale"}: that of all the weights together, repeated for every group, so that layers stack."""
         if spec.scale_dtype != "e4m3":
-            return NEUTRAL
-        return {"global_scale": _global_scale(torch.stack([w.abs().amax().float() for w in weights]).amax())}
+            return [NEUTRAL] * len(weights)
+        shared = _global_scale(torch.stack([w.abs().amax().float() for w in weights]).amax()).reshape(1, 1)
+        counts = [group_count((w.shape[0], w.shape[1]), spec.group) for w in weights]
+        return [{"global_scale": shared.repeat(count, 1)} for count in counts]
 
     def needs_range(self, spec: TensorSpec) -> bool:
         """With a calibrated global scale."""
@@ -92,9 +95,8 @@ class NVFloat(ElementCodec):
         """{"scale"}: small floats; {"global_scale"} with E4M3 scales."""
         grid = {}
         if spec.scale_dtype == "e4m3":
-            grid["global_scale"] = (
-                knobs["global_scale"] if "global_scale" in knobs else _global_scale(largest.amax())
-            )
+            shared = knobs["global_scale"] if "global_scale" in knobs else _global_scale(largest.amax())
+            grid["global_scale"] = shared.reshape(-1, 1)
         kind = SCALES[spec.scale_dtype]
         if "scale" in knobs:
             wanted = kind.decode(knobs["scale"])
@@ -117,11 +119,17 @@ class NVFloat(ElementCodec):
 
     def store(self, grid: Mapping[str, Tensor], spec: TensorSpec) -> dict[str, Tensor]:
         """{"scale"}: the bits of a small float, uint8; {"global_scale"}: (1,) float32."""
-        return {**grid, "scale": SCALES[spec.scale_dtype].encode(grid["scale"].detach())}
+        shared = {key: value.reshape(-1)[:1] for key, value in grid.items() if key == "global_scale"}
+        return {**shared, "scale": SCALES[spec.scale_dtype].encode(grid["scale"].detach())}
 
     def load(self, params: Mapping[str, Tensor], spec: TensorSpec) -> dict[str, Tensor]:
         """The inverse of `store`."""
         return {**params, "scale": SCALES[spec.scale_dtype].decode(params["scale"])}
+
+    def storable(self, scale: Tensor, spec: TensorSpec) -> Tensor:
+        """The small float nearest to `scale`, never zero."""
+        kind = SCALES[spec.scale_dtype]
+        return kind.near(scale).clamp(min=kind.smallest)
 
     def candidates(self, grid: Mapping[str, Tensor], spec: TensorSpec) -> list[Tensor]:
         """The scales within a factor of two."""

@@ -52,16 +52,15 @@ class MiniFloat:
         return power.clamp_(2.0**self.least, 2.0**self.exponent).mul_(2.0**-self.mantissa)
 
     def near(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
-        """The value nearest to `x` float32, ties to even; `offset` is added first, in steps. Saturates."""
+        """The value nearest to `x` float32, ties to even; `offset` is added first, in steps at `x`. Saturates."""
         return self.saturated(self.rounded(x, offset))
 
     def rounded(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
         """`near` without the limits."""
-        step = self.step(x)
-        ratio = x / step
         if offset is not None:
-            ratio = ratio.add_(offset)
-        return ratio.round_().mul_(step)
+            x = x + offset * self.step(x)
+        step = self.step(x)
+        return (x / step).round_().mul_(step)
 
     def saturated(self, x: Tensor) -> Tensor:
         """`x` within the limits."""

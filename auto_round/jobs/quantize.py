@@ -136,7 +136,7 @@ def tied(block: Block, specs: dict[str, TensorSpec], plan: Plan) -> dict[str, Kn
         for spec in {specs[name]: None for name in names}:
             same = [name for name in names if specs[name] == spec]
             shared = codec_of(spec).tie([block.weights[name] for name in same], spec)
-            found.update(dict.fromkeys(same, shared) if shared else {})
+            found.update({name: knobs for name, knobs in zip(same, shared) if knobs})
     return found
 
 

@@ -74,15 +74,23 @@ class Stack:
         self.size = group_size((1, self.weight.shape[1]), spec.group)
         made = [self._codec.quantize(weights[name], spec, own) for name, own in self._before.items()]
         self.fake = torch.cat([self._codec.dequantize(q) for q in made])
-        self.grid = {key: torch.cat([q.params[key].float() for q in made]) for key in made[0].params}
+        grids = [self._loaded(q) for q in made]
+        self.grid = {key: torch.cat([grid[key] for grid in grids]) for key in grids[0]}
         self._groups = [len(q.params["scale"]) for q in made]
         self.moved = torch.cat(
             [self._moved(weights[n], own, q) for (n, own), q in zip(self._before.items(), made)]
         )
 
     def _moved(self, weight: Tensor, knobs: Knobs, q: Quantized) -> Tensor:
-        change = self._codec.change(knobs, self.spec, q.params)
-        return merge(split(weight.float(), self.spec.group) + change, q.shape, self.spec.group)
+        groups = split(weight.float(), self.spec.group)
+        change = self._codec.change(knobs, self.spec, self._loaded(q), groups)
+        return merge(groups + change, q.shape, self.spec.group)
+
+    def _loaded(self, q: Quantized) -> dict[str, Tensor]:
+        """The grid of `q`, (G, 1) each."""
+        count = len(q.params["scale"])
+        loaded = self._codec.load(q.params, self.spec)
+        return {key: value.reshape(-1, 1).expand(count, 1) for key, value in loaded.items()}
 
     def columns(self) -> list[Knobs]:
         """The grid of each column of groups, (R,) each."""
@@ -118,8 +126,11 @@ class Stack:
 
     def knobs(self) -> dict[str, Knobs]:
         """Layer -> its knobs, with the grid and the offsets found."""
-        change = split(self.moved - self.weight, self.spec.group)
-        every = {**self.grid, **self._codec.offsets(change, self.spec, self.grid)}
+        groups = split(self.weight, self.spec.group)
+        change = split(self.moved, self.spec.group) - groups
+        offsets = self._codec.offsets(change, self.spec, self.grid, groups)
+        scale = self._codec.store(self.grid, self.spec)["scale"]
+        every = {**self.grid, "scale": scale, **offsets}
         parts = {key: value.split(self._groups) for key, value in every.items()}
         return {
             name: {**own, **{key: part[i] for key, part in parts.items()}}

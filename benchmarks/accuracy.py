@@ -25,6 +25,7 @@ from pathlib import Path
 SCHEMES = ("W4A16", "W3A16", "W2A16G64", "W2A16G32")
 FLOATS = ("MXFP4", "NVFP4", "MXINT4", "MXFP8", "FP8_STATIC", "FP8_BLOCK", "FPW8A16")
 RECIPES = {
+    "gptq": ["--iters", "0", "--algorithm", "gptq"],
     "rtn": ["--iters", "0", "--disable_opt_rtn"],
     "opt_rtn": ["--iters", "0", "--enable_opt_rtn"],
     "light": ["--iters", "50", "--lr", "5e-3"],

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from auto_round.sources.activations import InputGrid, Limits, quantized_inputs
 from auto_round.sources.base import Block, Needs, Source
 from auto_round.sources.dataset import Calibration
 from auto_round.sources.expert_inputs import BlockExperts, quantized_expert_inputs, tell_starved
+from auto_round.sources.rows import FileRows, MemoryRows, Rows
 
 GRAM_MOST = 8192  # a Gram matrix of that many channels takes 256 MB
 
@@ -37,6 +39,7 @@ class Execution:
     """How blocks are run. amp: dtype of matrix products, or None for float32 throughout.
 
     tune_outside: whether layers after the blocks can be run too; if not, only their inputs' statistics are known.
+    activations, layers: as in `core.placement`. scratch: folder for hidden states in files.
     """
 
     device: torch.device
@@ -44,6 +47,16 @@ class Execution:
     quantized_inputs: bool = True
     amp: torch.dtype | None = None
     tune_outside: bool = True
+    activations: str = "memory"
+    scratch: Path | None = None
+    layers: Mapping[str, str] = field(default_factory=dict)
+
+    def rows(self, shape: tuple[int, ...]) -> Rows:
+        """Room for hidden states of `shape`, where they are to be kept."""
+        if self.activations == "file":
+            return FileRows(shape, self.scratch)
+        on_device = self.activations == "device"
+        return MemoryRows(shape, self.device if on_device else "cpu", pinned=self.activations == "pinned")
 
     def autocast(self) -> torch.autocast:
         """The context in which blocks compute."""
@@ -54,10 +67,10 @@ class Execution:
 
 @dataclass(slots=True)
 class Chain:
-    """Hidden states on their way through the blocks, (N, T, H) float32; `quantized` may be `plain` itself."""
+    """Hidden states on their way through the blocks; `quantized` may be `plain` itself."""
 
-    plain: Tensor
-    quantized: Tensor
+    plain: Rows
+    quantized: Rows
 
 
 class LiveBlock(Block):
@@ -100,12 +113,12 @@ class LiveBlock(Block):
             plain if statistics else (),
             lambda: self.valid(self._rows),
         )
-        self._targets = torch.empty_like(self._chain.plain)
+        self._targets = self._chain.plain.like()
         with experts.watching():
             for rows in self.batches():
                 self._rows = rows
                 seen.clear()
-                self._targets[rows] = self._forward(self._chain.plain, rows, None).cpu()
+                self._targets[rows] = self._forward(self._chain.plain, rows, None)
         for hook in hooks:
             hook.remove()
         self.tokens, self.starved = experts.tokens, experts.fed | experts.blind
@@ -178,7 +191,7 @@ class LiveBlock(Block):
         """Tokens that are no padding."""
         return None if self._valid is None else self._valid[list(rows)].to(self._execution.device)
 
-    def _forward(self, hidden: Tensor, rows: Sequence[int], weights: Mapping[str, Tensor] | None) -> Tensor:
+    def _forward(self, hidden: Rows, rows: Sequence[int], weights: Mapping[str, Tensor] | None) -> Tensor:
         device = self._execution.device
         call = self._calls.batch(rows, device)
         # The few tokens of a starved expert would speak for all that it may ever get: no gradient comes from them.
@@ -217,7 +230,7 @@ class LiveBlock(Block):
         """Move both chains past this block, whose weights become `replaced`."""
         if quantized:
             for rows in self.batches():
-                self._chain.quantized[rows] = self._forward(self._chain.quantized, rows, replaced).cpu()
+                self._chain.quantized[rows] = self._forward(self._chain.quantized, rows, replaced)
         self._chain.plain = self._targets
         if not self._execution.quantized_inputs:
             self._chain.quantized = self._chain.plain
@@ -263,8 +276,8 @@ class OutsideBlock(Block):
         """Sum of squares of each input channel over all samples."""
         if self._inputs is None:
             return None
-        x = self._inputs.plain.flatten(0, -2) if self._valid is None else self._inputs.plain[self._valid]
-        return x.square().sum(0).to(self._execution.device)
+        squares = [x.square().sum(0) for x in self._inputs.plain.tokens(self._valid)]
+        return torch.stack(squares).sum(0).to(self._execution.device)
 
     def valid(self, rows: Sequence[int]) -> Tensor | None:
         """Tokens that are no padding."""
@@ -285,9 +298,9 @@ class OutsideBlock(Block):
         """Of the float chain."""
         if self._inputs is None:
             return None
-        x = self._inputs.plain if self._valid is None else self._inputs.plain[self._valid]
         limits = Limits()
-        limits.add(x)
+        for x in self._inputs.plain.tokens(self._valid):
+            limits.add(x)
         return limits.within(percentile)
 
     def quantize_inputs(self, acts: Mapping[str, tuple[TensorSpec, Knobs]]) -> None:
@@ -374,6 +387,8 @@ class LiveSource(Source):
     def describe(self) -> dict[str, object]:
         """The execution, the threads (sums depend on their number) and a hash of the data."""
         about = {f.name: getattr(self.execution, f.name) for f in fields(self.execution)}
+        for elsewhere in ("activations", "scratch", "layers"):  # where things lie changes no bytes
+            del about[elsewhere]
         about["threads"] = torch.get_num_threads()
         if self.data is not None:
             state = hashlib.blake2b(raw_bytes(self.data.tokens), digest_size=16)
@@ -417,14 +432,13 @@ class LiveSource(Source):
         one, other = (self._record(recorder, [row]) for row in pair)
         both = self._record(recorder, pair)
         every = mask is not None or varies(one, other)
-        hidden: list[Tensor] = []
+        plain = self.execution.rows((len(tokens), *one.hidden.shape[1:]))
         own: list[tuple[Call, ...]] = []
         for row in range(len(tokens)):
             seen = self._record(recorder, [row, *padded])
-            hidden.append(seen.hidden[:1].float())
+            plain[[row]] = seen.hidden[:1].float()
             if every:
                 own.append(seen.calls)
-        plain = torch.cat(hidden)
         calls = [
             Calls(
                 one.calls[i], other.calls[i], both.calls[i], [sample[i] for sample in own] if every else None
@@ -433,7 +447,7 @@ class LiveSource(Source):
         ]
         self._home.drop()
         same = self._needs is not Needs.FORWARD or not self.execution.quantized_inputs
-        return Chain(plain, plain if same else plain.clone()), calls
+        return Chain(plain, plain if same else plain.copy()), calls
 
     def _record(self, recorder: Recorder, rows: list[int]) -> Pass:
         assert self.data is not None, "recording needs data"
@@ -445,13 +459,13 @@ class LiveSource(Source):
         module, data = self.model.get_submodule(layer.name), self.data
         dtype = next(self.model.parameters()).dtype
 
-        def of_sample(hidden: Tensor, row: int) -> Tensor:
-            rows = slice(row, row + 1)
-            mask = None if data.attention_mask is None else data.attention_mask[rows]
-            return input_after_blocks(recorder, module, data.tokens[rows], mask, hidden[rows].to(dtype))
-
-        def through(hidden: Tensor) -> Tensor:
-            return torch.cat([of_sample(hidden, row) for row in range(len(hidden))]).float()
+        def through(hidden: Rows) -> Rows:
+            found = hidden.like()
+            for row in range(len(hidden)):
+                mask = None if data.attention_mask is None else data.attention_mask[[row]]
+                states = hidden[[row]].to("cpu", dtype)
+                found[[row]] = input_after_blocks(recorder, module, data.tokens[[row]], mask, states).float()
+            return found
 
         self._home.fill_outside(self.anatomy.head)
         plain = through(chain.plain)

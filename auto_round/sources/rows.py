@@ -1,0 +1,103 @@
+"""Where hidden states are kept between blocks: in memory, on the device, pinned, or in a file."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auto_round.models.checkpoint import read_at, write_at
+from auto_round.models.shards import raw_bytes
+
+CHUNK = 8  # samples looked at together where all of them count
+
+
+class Rows(ABC):
+    """Hidden states of all samples, (N, T, H) float32, of which some are looked at at a time."""
+
+    shape: tuple[int, ...]
+
+    @abstractmethod
+    def __getitem__(self, rows: Sequence[int]) -> Tensor:
+        """Those of the samples `rows`."""
+
+    @abstractmethod
+    def __setitem__(self, rows: Sequence[int], value: Tensor) -> None:
+        """Replace those of the samples `rows`."""
+
+    @abstractmethod
+    def like(self) -> Rows:
+        """Room of the same shape in the same place."""
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def copy(self) -> Rows:
+        """The same values once more."""
+        other = self.like()
+        for rows in self.chunks():
+            other[rows] = self[rows]
+        return other
+
+    def chunks(self) -> Iterator[list[int]]:
+        """All sample numbers, some at a time."""
+        for start in range(0, len(self), CHUNK):
+            yield list(range(start, min(start + CHUNK, len(self))))
+
+    def tokens(self, valid: Tensor | None) -> Iterator[Tensor]:
+        """(M, H) states of the tokens that count, some samples at a time. valid: (N, T) bool, None when all do."""
+        for rows in self.chunks():
+            yield self[rows].flatten(0, -2) if valid is None else self[rows][valid[rows]]
+
+
+class MemoryRows(Rows):
+    """In main memory, pinned or not, or on a device."""
+
+    def __init__(
+        self, shape: tuple[int, ...], device: torch.device | str = "cpu", *, pinned: bool = False
+    ) -> None:
+        self.shape, self._device, self._pinned = shape, device, pinned
+        self._values = torch.empty(shape, device=device, pin_memory=pinned)
+
+    def __getitem__(self, rows: Sequence[int]) -> Tensor:
+        return self._values[list(rows)]
+
+    def __setitem__(self, rows: Sequence[int], value: Tensor) -> None:
+        self._values[list(rows)] = value.to(self._values)
+
+    def like(self) -> Rows:
+        """Room of the same shape in the same place."""
+        return MemoryRows(self.shape, self._device, pinned=self._pinned)
+
+
+class FileRows(Rows):
+    """In a file that vanishes with the process. Read and written, not mapped: it takes no memory of this process."""
+
+    def __init__(self, shape: tuple[int, ...], folder: Path | None) -> None:
+        self.shape, self._folder = shape, folder
+        self._each = math.prod(shape[1:]) * torch.float32.itemsize
+        self._file: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as it is used
+
+    def __getitem__(self, rows: Sequence[int]) -> Tensor:
+        found = torch.empty(len(rows), *self.shape[1:])
+        for at, row in enumerate(rows):
+            buffer, done = raw_bytes(found[at]), 0
+            while done < self._each:
+                got = read_at(self._file.fileno(), buffer[done:], row * self._each + done)
+                assert got, f"sample {row} was never written"
+                done += got
+        return found
+
+    def __setitem__(self, rows: Sequence[int], value: Tensor) -> None:
+        for row, one in zip(rows, value.to("cpu", torch.float32), strict=True):
+            write_at(self._file.fileno(), raw_bytes(one), row * self._each)
+
+    def like(self) -> Rows:
+        """Room of the same shape in another file."""
+        return FileRows(self.shape, self._folder)

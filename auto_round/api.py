@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,24 +16,38 @@ import torch
 from torch import nn
 
 from auto_round.codecs.base import codec_of, preset
-from auto_round.core.errors import DataError, FormatError, ModelError, NotYetError, PlanError, SchemeError
+from auto_round.core.errors import (
+    AutoRoundError,
+    DataError,
+    FormatError,
+    ModelError,
+    NotYetError,
+    PlanError,
+    SchemeError,
+)
+from auto_round.core.placement import Placement
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import FLAT_NAMES, QuantizationScheme, Scheme
 from auto_round.core.selection import Selection, make_plan, parse_ignore, parse_layer_config
-from auto_round.formats.base import Format, Provenance, parse_formats, sharing_a_plan
+from auto_round.formats.base import Format, Provenance, formats, parse_formats, sharing_a_plan
 from auto_round.jobs.export import CheckpointWriter
 from auto_round.jobs.gguf_export import GgufWriter
 from auto_round.jobs.journal import Journal, Resumed
 from auto_round.jobs.ledger import Ledger
 from auto_round.jobs.manifest import manifest
+from auto_round.jobs.outline import Outline
+from auto_round.jobs.placing import Wish, place
+from auto_round.jobs.planner import SAMPLES
 from auto_round.jobs.quantize import Observer, Pass, quantize
+from auto_round.jobs.report import Report
 from auto_round.jobs.starts import start
 from auto_round.jobs.stream import Locked, stream
 from auto_round.jobs.workers import cores
 from auto_round.models import load
 from auto_round.models.anatomy import experts_of
-from auto_round.models.device import execution_dtype, pick_device
+from auto_round.models.device import execution_dtype, parse_devices
+from auto_round.models.memory import peak_memory, peak_of, reset_peak
 from auto_round.models.shards import parse_size
 from auto_round.models.skeleton import Skeleton
 from auto_round.models.stored import streamed_subject
@@ -81,6 +96,10 @@ class AutoRound:
         self._cache_ranges: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None
         self._whole = False  # whether some format quantizes embedding and head too
         self.plan: Plan | None = None
+        self.placement: Placement | None = None
+        self.seconds: float | None = None
+        self._scratch: Path | None = None
+        self._calibration: Calibration | None = None
         self.base = base_scheme(self.options)
         if isinstance(model, nn.Module):
             self.model: nn.Module | None = model.eval()
@@ -142,6 +161,12 @@ class AutoRound:
         with ExitStack() as stack:
             plans = [self.make_plan(group) for group in groups]
             self.plan = plans[0]
+            self._place(self.plan, measure=self.options.report is not None)
+            self._scratch = Path(output_dir)
+            report = Report()
+            self.observers.append(report)
+            stack.callback(self.observers.remove, report)
+            reset_peak()
             journal = None
             if len(plans) == 1:
                 journal = stack.enter_context(Journal(Path(output_dir), self.plan))
@@ -160,7 +185,43 @@ class AutoRound:
                 self._stream(source, passes)
             else:
                 self._run(source, *passes, journal=journal)
+        if self.options.report is not None and self.placement is not None:
+            measured = {"ram": peak_memory(), "vram": peak_of(torch.device(self.placement.device))}
+            report.write(Path(self.options.report), self.placement, measured, self.seconds)
         return self.model, folders if len(folders) > 1 else folders[0]
+
+    def outline(self, format: str | None = None, *, rehearse: bool = True) -> Outline:
+        """What `quantize_and_save` would do: layers, exact bytes of every format given, memory and time.
+
+        format: one or several; None is every format there is, each with its size or the reason why it is not possible.
+        rehearse: whether memory and time are measured on one block, with random tokens.
+        """
+        wanted = format or self.options.format
+        sizes: dict[str, int | str] = {}
+        plans: list[Plan] = []
+        for fmt in parse_formats(wanted) if wanted else formats().values():
+            try:
+                before, found = self._whole, self._formats(fmt.name)
+                if self._whole is not before:  # the embedding is a layer for some formats only
+                    self._subject = None
+                plan = self.make_plan(found)
+                with tempfile.TemporaryDirectory() as folder:
+                    sizes[fmt.name] = self._writer(fmt, Path(folder) / "out", plan).file_bytes()
+            except AutoRoundError as error:
+                if wanted:
+                    raise
+                sizes[fmt.name] = str(error)
+                continue
+            plans.append(plan)
+        if not plans:
+            raise FormatError("no format can hold this plan: " + "; ".join(map(str, sizes.values())))
+        self._place(plans[0], measure=rehearse, with_data=False)
+        assert self.placement is not None, "it has been made"
+        body, store = self.subject().anatomy, self.subject().files.store
+        return Outline(
+            plan=plans[0], blocks=len(body.in_order()), sizes=sizes, placement=self.placement, seconds=self.seconds,
+            source_bytes=sum(info.nbytes for info in store.infos.values()),
+        )  # fmt: skip
 
     def _formats(self, given: str | None) -> list[Format]:
         """The formats given here or in the options, or what the scheme stands for: a GGUF scheme is a format too."""
@@ -267,9 +328,14 @@ class AutoRound:
             return False
         return plain and self.model is None and not self.options.disable_model_free
 
-    def steps(self, plan: Plan) -> list[Step]:
-        """The recipe as a list of steps, for the layers of `plan`."""
+    def steps(self, plan: Plan, *, at_once: int | None = None, iters: int | None = None) -> list[Step]:
+        """The recipe as a list of steps, for the layers of `plan`.
+
+        at_once: samples that run together, fewer than the batch size when memory is short. iters: instead of those of
+        the recipe.
+        """
         numbers, options = self.numbers, self.options
+        at_once = at_once or (self.placement.micro_batch if self.placement else numbers.batch_size)
         found: list[Step] = []
         if any(scheme.act is not None for scheme in plan.values()):
             found.append(
@@ -279,11 +345,12 @@ class AutoRound:
         if numbers.iters:
             found.append(
                 SignRound(
-                    iters=numbers.iters,
+                    iters=iters or numbers.iters,
                     lr=numbers.lr,
                     minmax_lr=options.minmax_lr,
-                    batch_size=numbers.batch_size,
-                    gradient_accumulate_steps=options.gradient_accumulate_steps,
+                    batch_size=at_once,
+                    gradient_accumulate_steps=options.gradient_accumulate_steps
+                    * max(1, numbers.batch_size // at_once),
                     minmax=options.enable_minmax_tuning,
                     adam=options.enable_adam,
                     momentum=options.momentum,
@@ -374,21 +441,67 @@ class AutoRound:
                 "model_free quantizes from weights alone: use iters=0 and a scheme whose inputs need no calibration, "
                 "or leave model_free out"
             )
-        data = None
-        if needs > Needs.NOTHING and not self.options.model_free:
-            data = self._data(required=requires > Needs.NOTHING)
+        data = self._samples(needs, requires)
         if data is None and streamable and not self.options.disable_model_free:
             logger.info("no forward is needed: quantizing straight from the checkpoint's shards")
             return TensorSource(subject.anatomy, subject.files.store, subject.names)
-        device = pick_device(self.options.device_map)
+        if self.placement is None:
+            self.placement = Placement(
+                device=str(parse_devices(self.options.device_map).main), micro_batch=self.numbers.batch_size
+            )
+        return self._live_source(self.placement, data, quantized=requires is Needs.FORWARD)
+
+    def _samples(self, needs: Needs, requires: Needs) -> Calibration | None:
+        """The calibration data that a recipe makes use of; loaded once."""
+        if needs > Needs.NOTHING and not self.options.model_free and self._calibration is None:
+            self._calibration = self._data(required=requires > Needs.NOTHING)
+        return self._calibration
+
+    def _live_source(self, placement: Placement, data: Calibration | None, *, quantized: bool) -> LiveSource:
+        device = torch.device(placement.device)
         execution = Execution(
             device=device,
-            batch_size=self.numbers.batch_size,
-            quantized_inputs=self.options.enable_quanted_input and requires is Needs.FORWARD,
+            batch_size=placement.micro_batch,
+            quantized_inputs=self.options.enable_quanted_input and quantized,
             amp=execution_dtype(device) if self.options.amp else None,
             tune_outside=not self._whole,
+            activations=placement.activations,
+            layers=placement.layers,
+            scratch=self._scratch if self._scratch and self._scratch.is_dir() else None,
         )
-        return LiveSource(self._runnable(), subject.anatomy, execution, data)
+        return LiveSource(self._runnable(), self.subject().anatomy, execution, data)
+
+    def _place(self, plan: Plan, *, measure: bool, with_data: bool = True) -> None:
+        """Decide where things live and how many samples run at once. Raises PlanError when no limit can be kept."""
+        devices = parse_devices(self.options.device_map)
+        steps = self.steps(plan)
+        needs = max((step.needs for step in steps), default=Needs.NOTHING)
+        limits = [
+            None if size is None else parse_size(size)
+            for size in (self.options.max_ram, self.options.max_vram)
+        ]
+        if self.subject().tree is None or needs is Needs.NOTHING or self.numbers.nsamples == 0:
+            self.placement = Placement(device=str(devices.main), micro_batch=self.numbers.batch_size)
+            return
+        tuned = any(step.requires is Needs.FORWARD for step in steps)
+        if with_data:  # whatever it imports is part of the process before the peak
+            self._samples(needs, max(step.requires for step in steps))
+        seqlen = self._seqlen()
+        tree = self.subject().tree
+        rows = tree.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr, operator]
+        tokens = torch.randint(rows, (SAMPLES, seqlen), generator=torch.Generator().manual_seed(0))
+
+        def source(at_once: int) -> LiveSource:
+            place = Placement(device=str(devices.main), micro_batch=at_once)
+            return self._live_source(place, Calibration(tokens), quantized=tuned)
+
+        wish = Wish(
+            subject=self.subject(), plan=plan, devices=devices, batch=self.numbers.batch_size,
+            samples=self.numbers.nsamples, seqlen=seqlen, iters=self.numbers.iters,
+            chains=3 if tuned and self.options.enable_quanted_input else 2, low_vram=self.options.low_gpu_mem_usage,
+            source=source, steps=lambda at_once, iters: self.steps(plan, at_once=at_once, iters=iters),
+        )  # fmt: skip
+        self.placement, self.seconds = place(wish, max_ram=limits[0], max_vram=limits[1], measure=measure)
 
     def _runnable(self) -> nn.Module | Skeleton:
         """The model as a whole when there is one or is to be one, else its skeleton."""
@@ -458,30 +571,11 @@ class AutoRound:
 
         about: what a stream's outcome depends on, for the ledger of what it has written.
         """
-        subject, limit = self.subject(), parse_size(self.options.max_shard_size)
         with ExitStack() as stack:
             writers: list[CheckpointWriter | GgufWriter] = []
             for fmt in formats:
                 folder = output_dir / fmt.name.replace(":", "-").replace("_", "-") if several else output_dir
-                provenance = self._provenance(plan)
-                writer: CheckpointWriter | GgufWriter
-                if fmt.whole_model:
-                    split = parse_size(self.options.split_size) if self.options.split_size else 0
-                    writer = GgufWriter(folder, fmt, subject, plan, provenance, max_shard_bytes=split)
-                else:
-                    made = fmt.resolve(plan)
-                    ledger = None if about is None else Ledger(about, resume=self.options.resume)
-                    cache = self._cache_scales(made)
-                    writer = CheckpointWriter(
-                        folder,
-                        made,
-                        subject,
-                        plan,
-                        provenance,
-                        max_shard_bytes=limit,
-                        ledger=ledger,
-                        cache=cache,
-                    )
+                writer = self._writer(fmt, folder, plan, about=about)
                 stack.enter_context(writer)
                 writers.append(writer)
             yield writers
@@ -496,9 +590,30 @@ class AutoRound:
             data = self._data(required=True)
             assert data is not None, "required data is there or an error"
             model = self._live_model()
-            model.to(pick_device(self.options.device_map))
+            model.to(parse_devices(self.options.device_map).main)
             self._cache_ranges = cache_ranges(model, data, self.numbers.batch_size)
         return fmt.cache_scales(self._cache_ranges, wanted)
+
+    def _writer(
+        self, fmt: Format, folder: Path, plan: Plan, *, about: Mapping[str, Any] | None = None
+    ) -> CheckpointWriter | GgufWriter:
+        """What writes `plan` in format `fmt` into `folder`; nothing is opened yet."""
+        subject, provenance = self.subject(), self._provenance(plan)
+        if fmt.whole_model:
+            split = parse_size(self.options.split_size) if self.options.split_size else 0
+            return GgufWriter(folder, fmt, subject, plan, provenance, max_shard_bytes=split)
+        made, limit = fmt.resolve(plan), parse_size(self.options.max_shard_size)
+        ledger = None if about is None else Ledger(about, resume=self.options.resume)
+        return CheckpointWriter(
+            folder,
+            made,
+            subject,
+            plan,
+            provenance,
+            max_shard_bytes=limit,
+            ledger=ledger,
+            cache=self._cache_scales(made),
+        )
 
     def _provenance(self, plan: Plan) -> Provenance:
         body, numbers = self.subject().anatomy, self.numbers

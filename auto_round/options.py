@@ -64,6 +64,9 @@ class Options:
     model_dtype: str | None = None
     low_gpu_mem_usage: bool = False
     low_cpu_mem_usage: bool = True
+    max_ram: str | int | None = None
+    max_vram: str | int | None = None
+    report: str | None = None
     enable_torch_compile: bool | None = None
     enable_deterministic_algorithms: bool = False
     trust_remote_code: bool = False

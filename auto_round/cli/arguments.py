@@ -47,6 +47,12 @@ class Output:
         ),
     ] = None
     max_shard_size: Annotated[str, _flag("max-shard-size", help="Largest weight file, such as 5GB.")] = "5GB"
+    report: Annotated[
+        Text, _flag("report", help="JSON file with blocks, placement, planned and measured memory.")
+    ] = None
+    dry_run: Annotated[
+        bool, _switch("dry-run", help="Show layers, sizes, memory and time; quantize nothing.")
+    ] = False
     resume: Annotated[
         bool, _switch("resume", help="Go on with the blocks that an interrupted run finished.")
     ] = False
@@ -156,7 +162,7 @@ class Machine:
     nsamples: Annotated[Number, _flag("nsamples", "nsample", help="Calibration samples.")] = None
     seqlen: Annotated[Number, _flag("seqlen", "seq-len", help="Tokens per sample.")] = None
     device_map: Annotated[
-        Text, _flag("device-map", "device", "devices", help="cpu, cuda:0, or a number.")
+        Text, _flag("device-map", "device", "devices", help="cpu, auto, cuda:0, 0,1,2, or layer:device,...")
     ] = None
     platform: Annotated[str, _flag("platform", help="hf or model_scope.")] = "hf"
     model_dtype: Annotated[Text, _flag("model-dtype", help="Load the model in this dtype.")] = None
@@ -165,12 +171,19 @@ class Machine:
     ] = False
     disable_trust_remote_code: Annotated[bool, _switch("disable-trust-remote-code")] = False
     low_gpu_mem_usage: Annotated[
-        bool, _switch("low-gpu-mem-usage", help="Activations stay in main memory (always so).")
+        bool,
+        _switch(
+            "low-gpu-mem-usage", help="Hidden states stay in main memory, also when the device has room."
+        ),
     ] = False
     low_cpu_mem_usage: Annotated[
-        bool, _switch("low-cpu-mem-usage", help="Blocks are written as they finish (always so).")
+        bool, _switch("low-cpu-mem-usage", help="Only one block is in memory at a time (the default).")
     ] = False
-    disable_low_cpu_mem_usage: Annotated[bool, _switch("disable-low-cpu-mem-usage")] = False
+    disable_low_cpu_mem_usage: Annotated[
+        bool, _switch("disable-low-cpu-mem-usage", help="Load the model as a whole.")
+    ] = False
+    max_ram: Annotated[Text, _flag("max-ram", help="Most main memory to use, such as 8GB.")] = None
+    max_vram: Annotated[Text, _flag("max-vram", help="Most device memory to use, such as 20GB.")] = None
     enable_torch_compile: Annotated[bool, _switch("enable-torch-compile")] = False
     disable_torch_compile: Annotated[bool, _switch("disable-torch-compile")] = False
     disable_amp: Annotated[bool, _switch("disable-amp", help="float32 matrix products.")] = False
@@ -250,6 +263,7 @@ def to_options(recipe: str, output: Output, scheme: SchemeFlags, tuning: Tuning,
         "format": output.format,
         "max_shard_size": output.max_shard_size,
         "resume": output.resume,
+        "report": output.report,
         "split_size": output.split_size,
         "bits": _whole("bits", scheme.bits),
         "group_size": _group("group-size", scheme.group_size),

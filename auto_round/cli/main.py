@@ -53,6 +53,18 @@ def build(recipe: str) -> cyclopts.App:
 
         report(folder, tp, Console())
 
+    @app.command(name="plan")
+    def plan(
+        model: ModelName = None,
+        *,
+        output: Output = Output(),  # noqa: B008 - frozen
+        scheme: SchemeFlags = SchemeFlags(),  # noqa: B008
+        tuning: Tuning = Tuning(),  # noqa: B008
+        machine: Machine = Machine(),  # noqa: B008
+    ) -> None:
+        """Show what would be done with MODEL: layers, sizes, memory and time. Quantizes nothing."""
+        _outline(recipe, model, output, scheme, tuning, machine)
+
     @app.default
     def run(
         model: ModelName = None,
@@ -69,9 +81,32 @@ def build(recipe: str) -> cyclopts.App:
             raise PlanError(
                 "no model given. Example: auto-round ./my-model --scheme W4A16 --output_dir ./out"
             )
-        _quantize(recipe, model, output, scheme, tuning, machine)
+        if output.dry_run:
+            _outline(recipe, model, output, scheme, tuning, machine)
+        else:
+            _quantize(recipe, model, output, scheme, tuning, machine)
 
     return app
+
+
+def _outline(
+    recipe: str,
+    model: str | None,
+    output: Output,
+    scheme: SchemeFlags,
+    tuning: Tuning,
+    machine: Machine,
+) -> None:
+    if model is None:
+        raise PlanError("no model given. Example: auto-round plan ./my-model --scheme W4A16")
+    options = to_options(recipe, output, scheme, tuning, machine)
+    from dataclasses import fields
+
+    from auto_round.api import AutoRound
+    from auto_round.cli.outlining import show_outline
+
+    job = AutoRound(model, **{f.name: getattr(options, f.name) for f in fields(options)})
+    show_outline(job.outline(output.format), Console())
 
 
 def _quantize(

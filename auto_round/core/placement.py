@@ -13,9 +13,9 @@ HOMES = ("device", "memory", "pinned", "file")
 class Placement:
     """Made by the planner before the work; sources follow it and decide nothing.
 
-    device: where blocks run. layers: layer -> device, for layers inside blocks that run elsewhere. micro_batch: samples
-    run at once. activations: one of `HOMES`. ram, vram: predicted peak bytes of the process and of the main device; None
-    when nothing was predicted.
+    device: where blocks run. layers: layer -> device, for layers inside blocks that run elsewhere. micro_batch:
+    samples run at once. activations: one of `HOMES`. ram, vram: predicted peak bytes of the process and of the main
+    device; None when nothing was predicted.
     """
 
     device: str

@@ -88,6 +88,10 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         """Bytes of all weight files."""
         return self._shards.nbytes
 
+    def file_bytes(self) -> int:
+        """Exact size of the weight files to be, before anything is written."""
+        return self.nbytes
+
     def _infos(self) -> dict[str, TensorInfo]:
         """Dtype and shape of every tensor of the checkpoint: those of the source, with quantized layers replaced."""
         store = self.subject.files.store

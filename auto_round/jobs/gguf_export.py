@@ -105,6 +105,17 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
         """Bytes of all tensors."""
         return sum(target.nbytes for target in self._targets.values())
 
+    def file_bytes(self) -> int:
+        """Exact size of the files to be: headers are made in a hidden folder, the tensors only counted."""
+        self._staging.mkdir(parents=True)
+        try:
+            return sum(size for _, size in self._headers())
+        finally:
+            for file in self._files:
+                file.close()
+            self._files.clear()
+            self._places.clear()
+
     def _is_transposed(self, layer: str) -> bool:
         return self.subject.anatomy.layers[layer].transposed
 
@@ -186,11 +197,18 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
 
     def _open(self) -> None:
         """Headers of all files, room for the tensors, and where each one goes."""
-        import gguf
-
         free = shutil.disk_usage(self._staging).free
         if free < self.nbytes:
             raise OutputError(f"output folder {self.folder}: needs {self.nbytes:,} bytes, {free:,} are free")
+        for file, size in self._headers():
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows now, not after hours
+
+    def _headers(self) -> list[tuple[BinaryIO, int]]:
+        """Every file with its header written, and the size that it will have; sets where each tensor goes."""
+        import gguf
+
+        sizes: list[tuple[BinaryIO, int]] = []
         split = self._max_shard_bytes if 0 < self._max_shard_bytes < self.nbytes else 0
         path = self._staging / self.file_name()
         writer = gguf.GGUFWriter(path, self._architecture.name, split_max_size=split)
@@ -207,9 +225,9 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
             for name, info in tensors.items():
                 self._places[name] = (file, position)
                 position += writer.ggml_pad(info.nbytes, writer.data_alignment)
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, position)  # a full disk shows now, not after hours
             self._files.append(file)
+            sizes.append((file, position))
+        return sizes
 
     @staticmethod
     def _add_info(writer: Any, target: Target) -> None:

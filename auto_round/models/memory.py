@@ -43,13 +43,21 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def peak_of(device: torch.device) -> int:
+    """Largest number of bytes allocated on `device` since `reset_peak`; 0 for the CPU and where nobody counts."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
 def resident_memory() -> int:
     """Resident size of this process now, in bytes; its peak where the system does not tell."""
     return _status("VmRSS:") if STATUS.is_file() else peak_memory()
 
 
 def reset_peak() -> None:
-    """Let `peak_memory` count from now on, where the system can do that."""
+    """Let `peak_memory` and `peak_of` count from now on, where the system can do that."""
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
     if CLEAR.exists():
         try:
             CLEAR.write_text("5")

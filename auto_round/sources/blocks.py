@@ -7,7 +7,7 @@ are quantized, and what it is tuned on. Blocks run in float32 (matrix products i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,6 +22,7 @@ from auto_round.core.quantized import Knobs
 from auto_round.core.scheme import TensorSpec
 from auto_round.models.anatomy import Anatomy, Layer, parameters_for
 from auto_round.models.capture import Call, Calls, Pass, Recorder, input_after_blocks, varies
+from auto_round.models.device import elsewhere
 from auto_round.models.experts import Experts
 from auto_round.models.shards import raw_bytes
 from auto_round.models.skeleton import Resident, Skeleton
@@ -89,6 +90,14 @@ class LiveBlock(Block):
         self._dtypes = {key: tensor.dtype for key, tensor in module.state_dict().items()}
         self._home = next(module.parameters()).device
         module.to(execution.device)
+        self._moves = [
+            hook
+            for n in layers
+            if n in execution.layers and layers[n].piece is None
+            for hook in elsewhere(
+                module.get_submodule(self._inside(n)), torch.device(execution.layers[n]), execution.device
+            )
+        ]
         self.weights = {
             n: layer.matrix(self._parameter(layer.parameter).detach()) for n, layer in layers.items()
         }
@@ -235,6 +244,11 @@ class LiveBlock(Block):
         if not self._execution.quantized_inputs:
             self._chain.quantized = self._chain.plain
 
+    def release(self) -> None:
+        """Let all layers run where their weights are."""
+        for hook in self._moves:
+            hook.remove()
+
     @torch.no_grad()
     def settle(self, replaced: Mapping[str, Tensor]) -> None:
         """Leave the module as found, in its own dtypes and place, with the weights `replaced`."""
@@ -378,6 +392,17 @@ class LiveSource(Source):
             shared = layer.name == self.anatomy.embedding
             yield OutsideBlock(layer, module, self.execution, inputs, valid, shared=shared)
 
+    def sample(self, name: str, needs: Needs) -> Callable[[], LiveBlock]:
+        """What makes the block `name` with the embedded samples as its inputs, whichever block it is."""
+        self._needs = needs if self.data is not None else Needs.NOTHING
+        blocks = next(blocks for blocks in self.anatomy.block_lists if name in blocks)
+        module, chain, calls = self.model.get_submodule(name), None, None
+        if self._needs is not Needs.NOTHING:
+            recorder = Recorder(self.model, [self.model.get_submodule(block) for block in blocks])
+            chain, calls = self._capture(recorder, blocks)
+        own = calls[blocks.index(name)] if calls else None
+        return lambda: self._block(name, module, chain, own, True)
+
     def _reader(self, layer: Layer) -> Layer | None:
         """The layer that multiplies by this weight: itself, or the head that is tied to the embedding, if any is."""
         if layer.name != self.anatomy.embedding:
@@ -387,8 +412,8 @@ class LiveSource(Source):
     def describe(self) -> dict[str, object]:
         """The execution, the threads (sums depend on their number) and a hash of the data."""
         about = {f.name: getattr(self.execution, f.name) for f in fields(self.execution)}
-        for elsewhere in ("activations", "scratch", "layers"):  # where things lie changes no bytes
-            del about[elsewhere]
+        for place in ("activations", "scratch", "layers"):  # where things lie changes no bytes
+            del about[place]
         about["threads"] = torch.get_num_threads()
         if self.data is not None:
             state = hashlib.blake2b(raw_bytes(self.data.tokens), digest_size=16)
@@ -403,6 +428,8 @@ class LiveSource(Source):
         if isinstance(block, LiveBlock) and self._needs is not Needs.NOTHING:
             wanted = self._needs is Needs.FORWARD and self.execution.quantized_inputs
             block.advance(replaced, quantized=wanted and block.name != self._last_block)
+        if isinstance(block, LiveBlock):
+            block.release()
         if isinstance(block, (LiveBlock, OutsideBlock)) and self._home.keeps:
             block.settle(replaced)
         self._home.drop(block.name)

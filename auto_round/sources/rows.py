@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -83,6 +84,7 @@ class FileRows(Rows):
         self.shape, self._folder = shape, folder
         self._each = math.prod(shape[1:]) * torch.float32.itemsize
         self._file: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as it is used
+        weakref.finalize(self, self._file.close)
 
     def __getitem__(self, rows: Sequence[int]) -> Tensor:
         found = torch.empty(len(rows), *self.shape[1:])

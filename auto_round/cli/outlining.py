@@ -1,0 +1,38 @@
+"""`auto-round plan MODEL` and `--dry-run`: what a job would do, as text."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from auto_round.jobs.outline import Outline
+
+
+def show_outline(outline: Outline, console: Console) -> None:
+    """Print layers with reasons, output bytes by format, planned memory and time."""
+    count = len(outline.plan)
+    console.print(
+        f"{count} layers in {outline.blocks} blocks; the original has {outline.source_bytes:,} bytes of weights"
+    )
+    for scheme, layers in outline.schemes().items():
+        console.print(f"  {layers} as {scheme}", markup=False)
+    for reason, layers in outline.reasons().items():
+        console.print(f"  {layers} because of {reason}", markup=False)
+    for note in outline.plan.notes:
+        console.print(f"  note: {note}", markup=False)
+    table = Table("format", "bytes of weight files", "of original", title="output")
+    for name, size in outline.sizes.items():
+        exact = f"{size:,}" if isinstance(size, int) else size
+        share = f"{size / outline.source_bytes:.1%}" if isinstance(size, int) else "-"
+        table.add_row(name, exact, share)
+    console.print(table)
+    placed = outline.placement
+    console.print(
+        f"blocks run on {placed.device}, {placed.micro_batch} samples at once; hidden states in {placed.activations}"
+    )
+    if placed.ram is not None:
+        console.print(
+            f"planned peak of main memory {placed.ram:,} bytes, of device memory {placed.vram or 0:,}"
+        )
+    if outline.seconds is not None:
+        console.print(f"estimated time {outline.seconds:,.0f} s, from a rehearsal of one block")

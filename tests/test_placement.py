@@ -1,0 +1,238 @@
+"""Where things live: limits are kept or refused, hidden states may be in a file, layers may be on other devices."""
+
+import json
+
+import pytest
+import torch
+from models import samples, tiny
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from auto_round import AutoRound
+from auto_round.core.errors import PlanError
+from auto_round.formats.base import parse_formats
+from auto_round.jobs.planner import Costs, choose, predict, spread
+from auto_round.models.device import elsewhere, parse_devices
+from auto_round.models.memory import Tally
+from auto_round.sources.rows import FileRows, MemoryRows
+
+GB = 10**9
+TUNED = {"iters": 2, "nsamples": 8, "seqlen": 16, "batch_size": 4, "group_size": 32, "disable_opt_rtn": True}
+PRETENDED = {
+    "base": GB, "outside": GB, "block": GB, "fixed": 4 * GB, "per_sample": 2 * GB, "states": GB // 10,
+    "chains": 3, "samples": 40,
+}  # fmt: skip
+
+
+def bytes_of(folder):
+    """Name -> contents of every file."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_without_limits_everything_runs_at_once_in_memory():
+    placed = choose(Costs(**PRETENDED), 8, ("memory", "file"), max_ram=None, max_vram=None)
+    assert (placed.micro_batch, placed.activations) == (8, "memory")
+
+
+@pytest.mark.parametrize(
+    ("max_ram", "expected"),
+    [(33, (8, "memory")), (25, (4, "memory")), (20, (1, "memory")), (10, (2, "file")), (7, (1, "file"))],
+)
+def test_a_limit_costs_no_more_than_it_must(max_ram, expected):
+    placed = choose(Costs(**PRETENDED), 8, ("memory", "file"), max_ram=max_ram * GB, max_vram=None)
+    assert (placed.micro_batch, placed.activations) == expected
+    assert placed.ram <= max_ram * GB
+
+
+@pytest.mark.parametrize(
+    ("max_vram", "expected"), [(40 * GB, "device"), (10 * GB, "pinned")], ids=["room", "no-room"]
+)
+def test_hidden_states_stay_on_a_card_that_has_room(max_vram, expected):
+    found = Costs(**PRETENDED, device="cuda")
+    placed = choose(found, 8, ("device", "pinned", "file"), max_ram=None, max_vram=max_vram)
+    assert placed.activations == expected and placed.vram <= max_vram
+
+
+def test_a_limit_that_cannot_be_kept_names_the_one_that_can():
+    with pytest.raises(PlanError, match=r"max_ram 2,000,000,000.*needs 7,000,000,000.*--max-ram 7.00GB"):
+        choose(Costs(**PRETENDED), 8, ("memory", "file"), max_ram=2 * GB, max_vram=None)
+    with pytest.raises(PlanError, match=r"max_vram.*--max-vram 6.00GB"):
+        choose(Costs(**PRETENDED, device="cuda"), 8, ("pinned", "file"), max_ram=None, max_vram=GB)
+
+
+def test_the_smallest_limit_named_would_do():
+    found = Costs(**PRETENDED)
+    least = min(predict(found, home, 1)[0] for home in ("memory", "file"))
+    assert choose(found, 8, ("memory", "file"), max_ram=least, max_vram=None).ram == least
+
+
+def test_samples_at_once_divide_the_batch():
+    found = Costs(**{**PRETENDED, "samples": 1})
+    for wanted in (6, 7, 12):
+        for limit in range(7, 32):
+            try:
+                placed = choose(found, wanted, ("file",), max_ram=limit * GB, max_vram=None)
+            except PlanError:
+                continue
+            assert wanted % placed.micro_batch == 0
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_a_block_is_spread_evenly_and_the_first_device_gets_less(count):
+    weights = {f"experts.{i}": 100 for i in range(60)} | {"q": 300, "k": 30}
+    devices = [f"cuda:{i}" for i in range(count)]
+    placed = spread(weights, devices)
+    load = dict.fromkeys(devices, 0)
+    for name, size in weights.items():
+        load[placed.get(name, "cuda:0")] += size
+    assert max(load.values()) - min(load[d] for d in devices[1:]) <= 300 and load["cuda:0"] <= min(
+        list(load.values())[1:]
+    )
+
+
+def test_one_device_keeps_everything():
+    assert spread({"a": 1, "b": 2}, ["cuda:0"]) == {}
+
+
+@pytest.mark.parametrize("said", [None, 0, "0", "auto", "0,1,2,3", "cpu", torch.device("cpu")], ids=str)
+def test_without_an_accelerator_numbers_mean_the_cpu(said):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    assert parse_devices(said).devices == (torch.device("cpu"),)
+
+
+@pytest.mark.parametrize(
+    "said", ["cuda:0", "cuda:0,cuda:1", "xpu", "hpu", "cuda:77", "tpu", {"q_proj": "cuda:0"}], ids=str
+)
+@pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "tuned"])
+def test_a_device_that_is_not_there_is_named(said, streamed, tmp_path):
+    if torch.cuda.is_available() and "77" not in str(said):
+        pytest.skip("this machine has one")
+    tiny("llama", tmp_path / "model")
+    options = {**TUNED, "dataset": samples(8, 16), **({"iters": 0} if streamed else {})}
+    with pytest.raises(PlanError, match="cannot be used here"):
+        AutoRound(tmp_path / "model", device_map=said, **options).quantize_and_save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "said", ["experts.1.*:cpu,q_proj:meta", {"experts.1.*": "cpu", "q_proj": "meta"}], ids=["text", "dict"]
+)
+def test_layers_may_be_given_devices_by_pattern(said):
+    devices = parse_devices(said)
+    assert devices.of("model.layers.3.self_attn.q_proj") == torch.device("meta")
+    assert devices.of("model.layers.3.mlp.experts.17.up_proj") == torch.device("cpu")
+    assert devices.of("model.layers.3.self_attn.k_proj") is None
+
+
+def test_a_layer_on_another_device_gets_its_inputs_there_and_gives_its_output_back():
+    class Times(nn.Module):
+        def __init__(self, device):
+            super().__init__()
+            self.weight, self.saw = nn.Parameter(torch.empty(4, 4, device=device)), None
+
+        def forward(self, x, *, scale):
+            self.saw = (x.device, scale.device)
+            return x @ self.weight
+
+    # Tensors without data know their device, which needs no card.
+    with FakeTensorMode(), torch.no_grad():
+        there, home = torch.device("cuda:1"), torch.device("cuda:0")
+        layer, x = Times(there), torch.empty(2, 4, device=home)
+        hooks = elsewhere(layer, there, home)
+        assert layer(x, scale=x).device == home and layer.saw == (there, there)
+        for hook in hooks:
+            hook.remove()
+        assert layer(x.to(there), scale=x).device == there and layer.saw == (there, home)
+
+
+@pytest.mark.parametrize("make", [MemoryRows, lambda shape: FileRows(shape, None)], ids=["memory", "file"])
+def test_rows_give_back_what_was_put(make):
+    values = torch.randn(11, 3, 5)
+    rows = make((11, 3, 5))
+    for index in torch.randperm(11).tolist():
+        rows[[index]] = values[[index]]
+    copy = rows.copy()
+    rows[[2, 7]] = torch.zeros(2, 3, 5)
+    assert torch.equal(copy[[7, 0, 10]], values[[7, 0, 10]]) and not rows[[7, 2]].any()
+    valid = torch.rand(11, 3) > 0.5
+    assert torch.equal(torch.cat(list(copy.tokens(valid))), values[valid])
+
+
+def test_hidden_states_in_a_file_change_no_byte(tmp_path, monkeypatch):
+    from auto_round.jobs import placing
+
+    tiny("llama", tmp_path / "model", dtype=torch.bfloat16)
+    for out in ("memory", "file"):
+        monkeypatch.setattr(placing, "_homes", lambda *_, home=out, **__: (home,))
+        made = AutoRound(tmp_path / "model", dataset=samples(8, 16), quant_lm_head=True, **TUNED)
+        made.quantize_and_save(tmp_path / out)
+        assert made.placement.activations == out
+    assert bytes_of(tmp_path / "memory") == bytes_of(tmp_path / "file")
+
+
+def test_a_limit_is_kept_or_refused_before_anything_is_written(tmp_path):
+    tiny("llama", tmp_path / "model")
+    job = {"dataset": samples(8, 16), **TUNED}
+    with pytest.raises(PlanError, match=r"max_ram.*--max-ram"):
+        AutoRound(tmp_path / "model", max_ram="10MB", **job).quantize_and_save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    report = tmp_path / "report.json"
+    AutoRound(tmp_path / "model", max_ram="64GB", report=str(report), **job).quantize_and_save(
+        tmp_path / "out"
+    )
+    told = json.loads(report.read_text())
+    planned, measured = told["memory"]["planned"]["ram"], told["memory"]["measured"]["ram"]
+    assert measured == pytest.approx(planned, rel=0.1)
+    assert told["seconds"]["planned"] > 0 and len(told["blocks"]) == 2 and len(told["layers"]) == 14
+
+
+def test_rehearsing_leaves_a_live_model_as_it_was(tmp_path):
+    model = tiny("llama", dtype=torch.bfloat16)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    made = AutoRound(model, dataset=samples(8, 16), max_ram="64GB", **TUNED)
+    made._place(made.make_plan(parse_formats("auto_round")), measure=True)
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
+
+
+def test_a_tally_counts_what_lives_and_what_lived_at_a_time():
+    with Tally() as tally:
+        a = torch.zeros(1000)
+        b = a.view(10, 100).t()
+        c = a + 1
+        del a, b
+        d = torch.zeros(500)
+        assert tally.now["cpu"] == 4000 + 2000
+        del c, d
+    assert tally.now["cpu"] == 0 and tally.peak["cpu"] == 8000
+
+
+def test_planned_sizes_are_exact_for_every_format(tmp_path):
+    tiny("llama", tmp_path / "model", dtype=torch.bfloat16, hidden_size=256, intermediate_size=256)
+    rtn = {"iters": 0, "disable_opt_rtn": True, "max_shard_size": "500KB"}
+    told = AutoRound(tmp_path / "model", **rtn).outline(rehearse=False)
+    exact = {name: size for name, size in told.sizes.items() if isinstance(size, int)}
+    assert {"auto_round", "auto_gptq", "fake"} <= exact.keys()
+    for name, size in exact.items():
+        out = tmp_path / name.replace(":", "-")
+        AutoRound(tmp_path / "model", **rtn).quantize_and_save(out, format=name)
+        files = [*out.glob("*.safetensors"), *out.glob("*.gguf")]
+        assert sum(path.stat().st_size for path in files) == size, name
+    assert all(isinstance(size, int) or size for size in told.sizes.values())
+
+
+def test_a_dry_run_shows_layers_sizes_memory_and_time_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    from auto_round.cli.main import execute
+
+    monkeypatch.setenv("COLUMNS", "200")
+    tiny("llama", tmp_path / "model")
+    short = ["--nsamples", "8", "--seqlen", "16", "--iters", "2", "--group_size", "32", "--disable_opt_rtn"]
+    for argv in (["plan", str(tmp_path / "model")], [str(tmp_path / "model"), "--dry_run"]):
+        out = ["--format", "auto_round", "--output_dir", str(tmp_path / "out")]
+        assert execute("default", [*argv, *short, *out]) == 0
+        said = capsys.readouterr().out
+        assert all(
+            word in said for word in ("14 as int4 g32 sym", "auto_round", "planned peak", "estimated time")
+        )
+    assert not (tmp_path / "out").exists()

@@ -47,6 +47,7 @@ from auto_round.jobs.workers import cores
 from auto_round.models import load
 from auto_round.models.anatomy import experts_of
 from auto_round.models.device import execution_dtype, parse_devices
+from auto_round.models.imatrix import importance_of
 from auto_round.models.memory import peak_memory, peak_of, reset_peak
 from auto_round.models.shards import parse_size
 from auto_round.models.skeleton import Skeleton
@@ -63,6 +64,7 @@ from auto_round.sources.kv_cache import cache_ranges
 from auto_round.sources.tensors import TensorSource
 from auto_round.steps.base import Step
 from auto_round.steps.inputs import InputRanges, needs_calibration
+from auto_round.steps.search import Search
 from auto_round.steps.sign_round import FEW_BITS, SignRound
 from auto_round.version import __version__
 
@@ -341,7 +343,8 @@ class AutoRound:
             found.append(
                 InputRanges(calibrated=needs_calibration(plan), percentile=self.options.act_percentile)
             )
-        found += start(self.options.start_of(numbers))
+        kind = self.options.start_of(numbers)
+        found += start(kind) if self.options.imatrix is None else [self._given_search(plan, kind)]
         if numbers.iters:
             found.append(
                 SignRound(
@@ -363,6 +366,25 @@ class AutoRound:
                 )
             )
         return found
+
+    def _given_search(self, plan: Plan, kind: str) -> Search:
+        """The search that goes by an importance file."""
+        assert self.options.imatrix is not None, "there is such a file"
+        if kind == "none" or self.options.start == "gptq":
+            raise PlanError("imatrix: an importance file serves the search of ranges, which is switched off")
+        path = Path(self.options.imatrix)
+        found = importance_of(
+            path, {n: plan.shapes[n] for n in plan.quantized()}, self.subject().files.config
+        )
+        missing = [name for name in plan.quantized() if name not in found]
+        if missing:
+            logger.warning(
+                "imatrix %s: nothing about %d layers, such as %s: by weights alone",
+                path,
+                len(missing),
+                missing[0],
+            )
+        return Search(found)
 
     def _numbers(self) -> Recipe:
         options, configs = self.options, self.options.alg_configs

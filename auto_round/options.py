@@ -78,6 +78,7 @@ class Options:
     resume: bool = False
     max_shard_size: str | int = "5GB"
     split_size: str | int | None = None
+    imatrix: str | None = None
 
     nblocks: int = 1
     enable_alg_ext: bool = False

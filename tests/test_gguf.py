@@ -2,15 +2,18 @@
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 
 from auto_round import AutoRound
-from auto_round.core.errors import AutoRoundError, FormatError, ModelError, OutputError, PlanError
+from auto_round.core.errors import AutoRoundError, DataError, FormatError, ModelError, OutputError, PlanError
 from auto_round.formats.base import formats
+from auto_round.models.imatrix import read_imatrix, write_imatrix
 from tests import models
 
 GGUFS = [fmt for fmt in formats().values() if fmt.whole_model]
@@ -227,4 +230,51 @@ def test_an_existing_file_is_replaced_only_by_a_whole_one(llama, tmp_path, monke
 def test_contradictions_are_named(llama, tmp_path, options, error, words):
     with pytest.raises(error, match=words):
         AutoRound(llama, **{"iters": 0, "model_free": True, **options}).quantize_and_save(tmp_path / "out")
+    assert nothing_left(tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------------ importance files
+
+
+def means_of(names, columns=256):
+    """Mean squares by name, different for each."""
+    return {n: torch.rand(columns, generator=torch.Generator().manual_seed(i)) for i, n in enumerate(names)}
+
+
+def test_importance_files_are_read_as_they_were_written(tmp_path):
+    means = means_of(["blk.0.attn_q.weight", "output.weight"])
+    means["blk.0.ffn_down_exps.weight"] = torch.rand(4, 256)
+    write_imatrix(tmp_path / "i.gguf", means, tokens=512, seqlen=128, datasets=["a.txt"])
+    found = read_imatrix(tmp_path / "i.gguf")
+    assert found.keys() == means.keys()
+    assert all(torch.allclose(found[name], means[name]) for name in means)
+
+
+def test_the_older_importance_files_are_read(tmp_path):
+    name, values = b"blk.0.attn_q.weight", np.arange(4, dtype=np.float32)
+    entry = struct.pack("<i", len(name)) + name + struct.pack("<ii", 2, 4) + (values * 2).tobytes()
+    (tmp_path / "i.dat").write_bytes(struct.pack("<i", 1) + entry)
+    assert read_imatrix(tmp_path / "i.dat")["blk.0.attn_q.weight"].tolist() == [0, 1, 2, 3]
+
+
+def test_a_given_importance_decides_the_search(llama, tmp_path):
+    weights = torch.ones(256)
+    weights[::16] = 1e4
+    write_imatrix(tmp_path / "i.gguf", {"blk.0.attn_q.weight": weights}, tokens=8, seqlen=8, datasets=[])
+    data = {"format": "gguf:q2_k_s", "iters": 0, "nsamples": 0}
+    weight = floats(made(llama, tmp_path / "f", format="gguf:bf16"), "blk.0.attn_q.weight")
+    errors = []
+    for given in (None, str(tmp_path / "i.gguf")):
+        _, folder = AutoRound(llama, imatrix=given, **data).quantize_and_save(tmp_path / str(given is None))
+        errors.append((floats(written(folder), "blk.0.attn_q.weight") - weight)[:, ::16].square().sum())
+    assert errors[1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"\xff" * 64, struct.pack("<i", 0)], ids=repr)
+def test_what_is_no_importance_file_is_said_so(llama, tmp_path, content):
+    (tmp_path / "i").write_bytes(content)
+    with pytest.raises(DataError, match="imatrix"):
+        AutoRound(llama, format="gguf:q4_0", iters=0, imatrix=str(tmp_path / "i")).quantize_and_save(
+            tmp_path / "out"
+        )
     assert nothing_left(tmp_path / "out")

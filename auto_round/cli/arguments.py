@@ -159,6 +159,9 @@ class Machine:
             "a.jsonl:num=64:concat=True,self:num=64.",
         ),
     ] = None
+    imatrix: Annotated[
+        Text, _flag("imatrix", help="Importance file of llama.cpp, used instead of data when searching.")
+    ] = None
     nsamples: Annotated[Number, _flag("nsamples", "nsample", help="Calibration samples.")] = None
     seqlen: Annotated[Number, _flag("seqlen", "seq-len", help="Tokens per sample.")] = None
     device_map: Annotated[

@@ -195,7 +195,7 @@ def _neox(config: Config) -> Values:
 def _mpt(config: Config) -> Values:
     attention = config.get("attn_config") or {}
     return {
-        "feed_forward_length": int(config["expansion_ratio"] * config["d_model"]),
+        "feed_forward_length": 4 * config["d_model"],  # in transformers, whatever expansion_ratio says
         "attention.clamp_kqv": attention.get("clip_qkv"),
         "attention.max_alibi_bias": float(attention.get("alibi_bias_max", 8))
         if attention.get("alibi", True)

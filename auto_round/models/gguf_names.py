@@ -37,6 +37,8 @@ def kv_heads(config: Config) -> int:
         if config.get("new_decoder_architecture"):
             return int(config["num_kv_heads"])
         return 1 if config.get("multi_query") else heads(config)
+    if config.get("model_type") in ("gpt_neox", "bloom", "mpt", "gpt2"):
+        return heads(config)
     return int(first(config, "num_key_value_heads", default=heads(config)))
 
 

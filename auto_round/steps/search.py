@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from auto_round.codecs.base import codec_of
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import NEUTRAL, Knobs
@@ -10,9 +14,14 @@ from auto_round.steps.base import BlockReport, Step, specs_of
 
 
 class Search(Step):
-    """Knobs of least weighted error for every layer; with weights alone when there is no data."""
+    """Knobs of least weighted error for every layer; with weights alone when there is no data.
 
-    needs = Needs.STATISTICS
+    given: importance (I,) by layer from elsewhere, which is then all that counts.
+    """
+
+    def __init__(self, given: Mapping[str, Tensor] | None = None) -> None:
+        self.given = given
+        self.needs = Needs.STATISTICS if given is None else Needs.NOTHING
 
     def block(
         self, block: Block, plan: Plan, knobs: dict[str, Knobs], report: BlockReport
@@ -21,7 +30,8 @@ class Search(Step):
         found = dict(knobs)
         for name, spec in specs_of(block, plan).items():
             before = knobs.get(name, NEUTRAL)
-            better = codec_of(spec).search(block.weights[name], spec, block.importance(name), before)
+            importance = block.importance(name) if self.given is None else self.given.get(name)
+            better = codec_of(spec).search(block.weights[name], spec, importance, before)
             found[name] = {**before, **better}
         report.kept = "searched"
         return found

@@ -1,0 +1,112 @@
+"""Importance files of llama.cpp: the mean square of each input channel of each matrix, measured by its `imatrix` tool.
+
+Both forms are read: GGUF (`general.type` "imatrix"; sums and counts per matrix), also written, and the older one.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from auto_round.core.errors import DataError
+from auto_round.models.gguf_metadata import block_count, language_config
+from auto_round.models.gguf_names import Config, Names, architecture_of
+
+SUMS, COUNTS = ".in_sum2", ".counts"
+MOST_NAME, MOST_VALUES = 1 << 10, 1 << 28  # beyond these, a file is no importance file
+
+
+def read_imatrix(path: Path) -> dict[str, Tensor]:
+    """Name in llama.cpp -> mean squares, (I,) or, for stacked experts, (E, I). Raises DataError for anything else."""
+    if not path.is_file():
+        raise DataError(f"imatrix {path}: no such file")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    try:
+        return _read_gguf(path) if magic == b"GGUF" else _read_binary(path)
+    except (ValueError, struct.error, KeyError, IndexError) as error:
+        raise DataError(
+            f"imatrix {path}: neither of llama.cpp's two kinds of importance files ({error})"
+        ) from error
+
+
+def _read_gguf(path: Path) -> dict[str, Tensor]:
+    import gguf
+
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in gguf.GGUFReader(path).tensors}
+    found = {}
+    for name in [name.removesuffix(SUMS) for name in tensors if name.endswith(SUMS)]:
+        counts = tensors[name + COUNTS].reshape(-1, 1)
+        means = tensors[name + SUMS].reshape(len(counts), -1) / counts.clamp(min=1)
+        found[name] = means[0] if len(means) == 1 else means
+    if not found:
+        raise ValueError("it has no tensors of sums")
+    return found
+
+
+def _read_binary(path: Path) -> dict[str, Tensor]:
+    found = {}
+    with path.open("rb") as file:
+        for _ in range(_number(file, MOST_VALUES)):
+            name = file.read(_number(file, MOST_NAME)).decode()
+            calls, count = _number(file, MOST_VALUES), _number(file, MOST_VALUES)
+            values = file.read(4 * count)
+            if len(values) != 4 * count:
+                raise ValueError("it ends too early")
+            found[name] = torch.frombuffer(bytearray(values), dtype=torch.float32) / max(1, calls)
+    if not found:
+        raise ValueError("it has no entries")
+    return found
+
+
+def _number(file: BinaryIO, most: int) -> int:
+    (value,) = struct.unpack("<i", file.read(4))
+    if not 0 <= value <= most:
+        raise ValueError(f"a length of {value}")
+    return int(value)
+
+
+def write_imatrix(
+    path: Path, means: Mapping[str, Tensor], *, tokens: int, seqlen: int, datasets: Sequence[str]
+) -> None:
+    """A GGUF importance file of mean squares by llama.cpp's names, measured on so many tokens."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, arch="")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", list(datasets))
+    writer.add_uint32("imatrix.chunk_count", max(1, tokens // seqlen))
+    writer.add_uint32("imatrix.chunk_size", seqlen)
+    for name, values in means.items():
+        rows = values.reshape(-1, values.shape[-1]).float()
+        writer.add_tensor(name + SUMS, (rows * tokens).numpy())
+        writer.add_tensor(name + COUNTS, torch.full((len(rows), 1), float(tokens)).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def importance_of(path: Path, shapes: Mapping[str, tuple[int, int]], config: Config) -> dict[str, Tensor]:
+    """Layer -> mean squares (I,), for the layers of `shapes` that the file has. Raises DataError when it has none."""
+    full = language_config(config)
+    names, stored, found = Names(architecture_of(full), block_count(full)), read_imatrix(path), {}
+    for layer, (_, columns) in shapes.items():
+        place = names.place(f"{layer}.weight")
+        values = None if place is None else stored.get(place.name)
+        if values is None or place is None:
+            continue
+        row = values.reshape(-1, columns)[place.expert or 0] if values.numel() % columns == 0 else values
+        if row.shape != (columns,):
+            raise DataError(
+                f"imatrix {path}: {place.name} has {row.shape[-1]} values, {layer} has {columns} inputs"
+            )
+        found[layer] = row
+    if not found:
+        raise DataError(f"imatrix {path}: none of its {len(stored)} tensors belongs to this model")
+    return found

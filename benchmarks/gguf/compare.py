@@ -1,0 +1,149 @@
+"""Ours against llama.cpp's own quantizer: same model, same importance, one thread each, judged by llama.cpp itself.
+
+python benchmarks/gguf/compare.py --llama /path/to/python [--model DIR] [--types q2_k_s,q4_k_m] [--out FILE.jsonl]
+The importance is measured on calibration text by hooks of this script, and given to both. KL is that of the original
+model's logits (torch, float32) against llama.cpp's on the quantized file, on held-out text.
+"""
+
+import argparse
+import json
+import logging
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+import transformers
+
+from auto_round import AutoRound
+from auto_round.formats.base import format_named
+from auto_round.models.gguf_names import ARCHITECTURES, Names
+from auto_round.models.imatrix import write_imatrix
+
+HERE = Path(__file__).parent
+NOVELIST = HERE.parent.parent / "examples" / "novelist-8m"
+
+
+def tokens(path, tokenizer, count, length):
+    """(count, length) token ids of a .jsonl of texts."""
+    ids = []
+    for line in path.read_text().splitlines():
+        ids += tokenizer(json.loads(line)["text"])["input_ids"]
+    return torch.tensor(ids[: count * length]).reshape(count, length)
+
+
+@torch.no_grad()
+def importance(model, ids, names):
+    """Name in llama.cpp -> mean square of each input channel over `ids`."""
+    sums, hooks = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+
+            def add(_, args, name=name):
+                sums[name] = sums.get(name, 0) + args[0].float().flatten(0, -2).square().sum(0)
+
+            hooks.append(module.register_forward_pre_hook(add))
+    for row in ids:
+        model(input_ids=row[None])
+    for hook in hooks:
+        hook.remove()
+    return {names.place(f"{name}.weight").name: total / ids.numel() for name, total in sums.items()}
+
+
+def run(python, *words):
+    """What benchmarks/gguf/llama.py prints."""
+    command = [python, str(HERE / "llama.py"), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def judged(python, path, ids, original, folder):
+    """KL, agreement of the first choice, bits per weight of a file."""
+    np.save(folder / "ids.npy", ids.numpy())
+    run(python, "logits", path, folder / "ids.npy", folder / "out.npy")
+    p, q = (
+        original.double().log_softmax(-1),
+        torch.from_numpy(np.load(folder / "out.npy")).double().log_softmax(-1),
+    )
+    reader = gguf.GGUFReader(path)
+    weights = sum(int(t.n_elements) for t in reader.tensors)
+    return {
+        "kl": round((p.exp() * (p - q)).sum(-1).mean().item(), 6),
+        "top1": round((p.argmax(-1) == q.argmax(-1)).double().mean().item(), 4),
+        "bpw": round(8 * sum(int(t.n_bytes) for t in reader.tensors) / weights, 3),
+    }
+
+
+def weighted_error(path, model, means, names):
+    """Sum over matrices of blocks of importance-weighted squared error, relative to the weights' own."""
+    found = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    total, power = 0.0, 0.0
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or ".layers." not in name:
+            continue
+        place = names.place(f"{name}.weight").name
+        if any(part in place for part in ("attn_q", "attn_k")):
+            continue  # rows in another order
+        weight, w = module.weight.float(), means[place]
+        fake = torch.from_numpy(gguf.quants.dequantize(found[place].data, found[place].tensor_type))
+        total += ((fake - weight).square() * w).sum().item()
+        power += (weight.square() * w).sum().item()
+    return total / power
+
+
+def main():
+    """Two rows per type."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--llama", required=True)
+    parser.add_argument("--model", type=Path, default=NOVELIST)
+    parser.add_argument("--types", default="q2_k_s,q3_k_m,q4_0,q4_k_m")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--speed", action="store_true", help="measure tokens per second too")
+    options = parser.parse_args()
+    logging.getLogger("auto_round").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    calibration = tokens(NOVELIST / "calibration.jsonl", tokenizer, 64, 256)
+    ids = tokens(NOVELIST / "heldout.jsonl", tokenizer, 16, 256)
+    names = Names(ARCHITECTURES[model.config.architectures[0]], model.config.num_hidden_layers)
+    with torch.no_grad():
+        original = torch.cat([model(input_ids=row[None]).logits for row in ids])
+    means, rows = importance(model, calibration, names), []
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        np.savez(place / "imatrix.npz", **{name: values.numpy() for name, values in means.items()})
+        write_imatrix(
+            place / "i.gguf", means, tokens=calibration.numel(), seqlen=256, datasets=["calibration.jsonl"]
+        )
+        AutoRound(options.model, format="gguf:bf16", iters=0, model_free=True).quantize_and_save(
+            place / "bf16"
+        )
+        (plain,) = (place / "bf16").glob("*.gguf")
+        for type_ in options.types.split(","):
+            before = time.process_time()
+            job = AutoRound(options.model, format=f"gguf:{type_}", iters=0, imatrix=str(place / "i.gguf"))
+            job.quantize_and_save(place / type_)
+            seconds = {"ours": time.process_time() - before}
+            (ours,) = (place / type_).glob("*.gguf")
+            theirs = place / f"{type_}.gguf"
+            number = format_named(f"gguf:{type_}").file_type
+            seconds["llama.cpp"] = float(
+                run(options.llama, "quantize", plain, theirs, number, place / "imatrix.npz")
+            )
+            for who, path in {"ours": ours, "llama.cpp": theirs}.items():
+                row = {"type": type_, "by": who, **judged(options.llama, path, ids, original, place)}
+                row["weighted_error"] = round(weighted_error(path, model, means, names), 7)
+                row["cpu_seconds"] = round(seconds[who], 2)
+                if options.speed:
+                    row["tokens_per_second"] = round(float(run(options.llama, "speed", path)), 1)
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    if options.out:
+        options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -18,7 +18,7 @@ from auto_round import AutoRound
 HERE = Path(__file__).parent
 PIECES = (
     "Hello", " world", "  ", "\n", "\n\n", "\t", "123", "4567890", "3.14", "don't", "WE'LL", "naïve", "Ünïcödé",
-    "привет мир", "你好，世界", "こんにちは", "한국어", "العربية", "हिन्दी १२३", "😀👍🏽", 
+    "привет мир", "你好，世界", "こんにちは", "한국어", "العربية", "हिन्दी १२३", "😀👍🏽",
     "def f(x_1):\n    return x**2", "<b>",
     "a/b\\c", "$100%", "...", "—", "“quotes”", "½²", "e\u0301", "\u200b", "\r\n", " \n ", "CamelCaseWord",
     "http://x.y/z?q=1",

@@ -237,13 +237,18 @@ def outcome(work: Path, venvs: Path, reader: Reader, model: str, cell: Cell) -> 
     alone = compared(work, reader, f"{name}-weights")
     if reader.venv and not (venvs / reader.venv).exists():
         return "not run here"
+    if reader.name == "transformers" and cell.format == "fp8":  # makes plain weights of them on a CPU
+        return "weights " + compared(work, reader, name, f"{name}-weights")
     whole = compared(work, reader, name)
     return f"weights {alone}; with inputs {whole}" if alone != NOTHING else whole
 
 
-def compared(work: Path, reader: Reader, name: str) -> str:
-    """What the reader made of one folder."""
-    base, reference = work / "logits" / reader.name / name, work / "logits/reference" / f"{name}.npy"
+def compared(work: Path, reader: Reader, name: str, against: str = "") -> str:
+    """What the reader made of one folder, next to its reference or another one."""
+    base, reference = (
+        work / "logits" / reader.name / name,
+        work / "logits/reference" / f"{against or name}.npy",
+    )
     if not Path(f"{base}.json").exists() or not reference.exists():
         return NOTHING
     record = json.loads(Path(f"{base}.json").read_text())

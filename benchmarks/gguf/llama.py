@@ -58,21 +58,13 @@ def quantize(path, out, ftype, imatrix=None):
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread, params.ftype = 1, int(ftype)
     if imatrix:
-        params.imatrix = ctypes.cast(load_imatrix(imatrix), ctypes.c_void_p)
+        params.imatrix = ctypes.cast(
+            load_imatrix(imatrix), ctypes.POINTER(llama_cpp.llama_model_imatrix_data)
+        )
     before = time.process_time()
     if llama_cpp.llama_model_quantize(path.encode(), out.encode(), params):
         raise SystemExit(f"llama.cpp could not quantize {path}")
     print(time.process_time() - before)
-
-
-class Entry(ctypes.Structure):
-    """llama_model_imatrix_data: name, values, how many."""
-
-    _fields_ = [
-        ("name", ctypes.c_char_p),
-        ("data", ctypes.POINTER(ctypes.c_float)),
-        ("size", ctypes.c_size_t),
-    ]
 
 
 KEPT = []  # what the C side points to
@@ -81,7 +73,7 @@ KEPT = []  # what the C side points to
 def load_imatrix(path):
     """An importance file, tensor name -> values, as the quantizer takes it: an array that ends with a null name."""
     with np.load(path) as found:
-        entries = (Entry * (len(found.files) + 1))()
+        entries = (llama_cpp.llama_model_imatrix_data * (len(found.files) + 1))()
         for entry, name in zip(entries, found.files):
             values = np.ascontiguousarray(found[name], dtype=np.float32)
             KEPT.append((name.encode(), values))

@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--gigabytes 4] [--max-ram 3GB] [--hidden 2048] [--out report.json]
 
-The model is Llama shaped, in bfloat16, written shard by shard; its size on disk, the limit, the planned and the measured
+The model is Llama shaped, in bfloat16, written block by block; its size on disk, the limit, planned and measured
 peak are printed.
 """
 

@@ -11,5 +11,5 @@ from auto_round.steps.search import Search
 def start(kind: str) -> list[Step]:
     """The steps of the start called "none", "search" (ranges) or "gptq" (codes and scales in turn, twice)."""
     if kind == "gptq":
-        return [Search(), Gptq(), Refit(), Gptq(), Refit()]
+        return [Search(brief=True), Gptq(), Refit(), Gptq(), Refit()]
     return [Search()] if kind == "search" else []

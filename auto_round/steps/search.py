@@ -16,11 +16,12 @@ from auto_round.steps.base import BlockReport, Step, specs_of
 class Search(Step):
     """Knobs of least weighted error for every layer; with weights alone when there is no data.
 
-    given: importance (I,) by layer from elsewhere, which is then all that counts.
+    given: importance (I,) by layer from elsewhere, which is then all that counts. brief: leave correlations between inputs
+    to the steps that follow, where the codec can hold its grid for them.
     """
 
-    def __init__(self, given: Mapping[str, Tensor] | None = None) -> None:
-        self.given = given
+    def __init__(self, given: Mapping[str, Tensor] | None = None, *, brief: bool = False) -> None:
+        self.given, self.brief = given, brief
         self.needs = Needs.STATISTICS if given is None else Needs.NOTHING
 
     def block(
@@ -29,9 +30,11 @@ class Search(Step):
         """`knobs` with those found by each layer's codec."""
         found = dict(knobs)
         for name, spec in specs_of(block, plan).items():
-            before = knobs.get(name, NEUTRAL)
+            before, codec = knobs.get(name, NEUTRAL), codec_of(spec)
             importance = block.importance(name) if self.given is None else self.given.get(name)
-            better = codec_of(spec).search(block.weights[name], spec, importance, before)
+            if self.brief and importance is not None and importance.ndim == 2 and codec.holds_grid(spec):
+                importance = importance.diagonal()
+            better = codec.search(block.weights[name], spec, importance, before)
             found[name] = {**before, **better}
         report.kept = "searched"
         return found

@@ -48,10 +48,10 @@ def main() -> None:
     print(table(args.results))
 
 
-def arguments() -> argparse.Namespace:
-    """What to measure on what."""
+def arguments(description: str | None = __doc__, **defaults: object) -> argparse.Namespace:
+    """What to measure on what; `defaults` take the place of those below."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=Path("examples/novelist-8m"))
     parser.add_argument("--calibration", type=Path, default=Path("examples/novelist-8m/calibration.jsonl"))
@@ -70,6 +70,7 @@ def arguments() -> argparse.Namespace:
         "--measure", type=Path, help="only compare the checkpoint in this folder with the model"
     )
     parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.set_defaults(**defaults)
     found = parser.parse_args()
     found.side = found.side or [f"ours={sys.executable}"]
     return found

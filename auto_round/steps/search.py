@@ -16,8 +16,8 @@ from auto_round.steps.base import BlockReport, Step, specs_of
 class Search(Step):
     """Knobs of least weighted error for every layer; with weights alone when there is no data.
 
-    given: importance (I,) by layer from elsewhere, which is then all that counts. brief: leave correlations between inputs
-    to the steps that follow, where the codec can hold its grid for them.
+    given: importance (I,) by layer from elsewhere, which is then all that counts. brief: leave correlations between
+    inputs to the steps that follow, where the codec can hold its grid for them.
     """
 
     def __init__(self, given: Mapping[str, Tensor] | None = None, *, brief: bool = False) -> None:

@@ -1,5 +1,6 @@
 """Tiny random language models of many architectures, a tokenizer and token ids, all built in code."""
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -195,5 +196,8 @@ def logits(model, ids: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def loaded(folder: Path, dtype: torch.dtype = torch.float32, **options):
-    """The checkpoint in `folder` by stock transformers."""
+    """The checkpoint in `folder` by stock transformers; on the reference backend, which sums as a plain model does."""
+    about = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
+    if about.get("quant_method") == "auto-round":
+        options.setdefault("quantization_config", transformers.AutoRoundConfig(backend="torch"))
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()

@@ -184,7 +184,7 @@ def test_a_tuned_checkpoint_loads_as_what_was_tuned(tuned):
 
 @pytest.mark.parametrize("fmt", ["auto-gptq", "auto-awq"])
 def test_gptq_and_awq_checkpoints_load_through_auto_round_config(tuned, fmt):
-    model = loaded(tuned.out / fmt, quantization_config=AutoRoundConfig())
+    model = loaded(tuned.out / fmt, quantization_config=AutoRoundConfig(backend="torch"))
     assert_equal_logits(model, tuned.job.model, tuned.name)
 
 

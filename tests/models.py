@@ -195,9 +195,9 @@ def logits(model, ids: torch.Tensor | None = None) -> torch.Tensor:
     return model(input_ids=ids, use_cache=False).logits.float()
 
 
-def loaded(folder: Path, dtype: torch.dtype = torch.float32, **options):
+def loaded(folder: Path, dtype: torch.dtype = torch.float32, *, backend: str | None = "torch", **options):
     """The checkpoint in `folder` by stock transformers; on the reference backend, which sums as a plain model does."""
     about = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
-    if about.get("quant_method") == "auto-round":
-        options.setdefault("quantization_config", transformers.AutoRoundConfig(backend="torch"))
+    if backend is not None and about.get("quant_method") == "auto-round":
+        options.setdefault("quantization_config", transformers.AutoRoundConfig(backend=backend))
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()

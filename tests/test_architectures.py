@@ -204,7 +204,7 @@ def test_a_tuned_block_is_never_worse_than_a_searched_or_a_plain_one(name):
     job(tiny(name), watch, scheme="W2A16G32", iters=6).quantize()
     assert len(watch.reports) == watch.blocks == BLOCKS
     for report in watch.reports.values():
-        assert set(report.losses) == {"plain", "searched", "tuned"} and report.iterations == 6
+        assert set(report.losses) == {"plain", "gptq", "tuned"} and report.iterations <= 6
         assert report.losses[report.kept] == min(report.losses.values())
 
 
@@ -234,7 +234,9 @@ def test_every_tensor_of_the_source_is_copied_or_replaced(name, tmp_path):
         name.removesuffix("weight") + part for name in replaced for part in ("qweight", "qzeros", "scales")
     }
     assert set(written) == set(source) - replaced | added
-    with made._writers(tmp_path / "again", parse_formats("auto_round"), made.plan) as (writer,):
+    with made._writers(tmp_path / "again", parse_formats("auto_round"), made.plan, several=False) as (
+        writer,
+    ):
         account = writer.account
         assert sorted(account.copied + account.replaced) == sorted(source) and set(account.added) == added
         for layer, q in _encoded(made).items():
@@ -335,7 +337,15 @@ def test_every_width_loads_as_what_fake_stores(tmp_path, bits, sym, group):
 
 def test_tuning_beats_searching_when_there_is_enough_data():
     watch = Watch()
-    made = AutoRound(tiny("llama"), dataset=samples(24), scheme="W2A16G32", iters=30, nsamples=24, seqlen=32)
+    made = AutoRound(
+        tiny("llama"),
+        dataset=samples(24),
+        scheme="W2A16G32",
+        iters=30,
+        nsamples=24,
+        seqlen=32,
+        start="search",
+    )
     made.observers.append(watch)
     made.quantize()
     assert all(r.kept == "tuned" and r.losses["tuned"] < r.losses["searched"] for r in watch.reports.values())

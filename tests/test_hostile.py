@@ -130,7 +130,7 @@ def test_a_config_that_is_no_object_is_named(model, tmp_path, text):
 @pytest.mark.parametrize("config", [{}, {"model_type": "no_such_type"}, {"model_type": "t5"}], ids=str)
 def test_an_architecture_that_is_no_language_model_is_named(model, tmp_path, config):
     (model / "config.json").write_text(json.dumps(config))
-    refused(ModelError, [], lambda: quantized(model, tmp_path / "out"))
+    refused(ModelError, [], lambda: quantized(model, tmp_path / "out", disable_model_free=True))
     assert not (tmp_path / "out").exists()
 
 
@@ -205,7 +205,7 @@ def test_a_weight_that_is_not_finite_names_the_layer(model, tmp_path, bad, optio
     edit_weights(model / "model.safetensors", lambda tensors: tensors[f"{UP}.weight"][3, 5:7].fill_(bad))
     words = [f"{UP}.weight has 2 values that are NaN or Inf", "ignore_layers"]
     refused(ModelError, words, lambda: quantized(model, tmp_path / "out", dataset=samples(4), **options))
-    assert not (tmp_path / "out").exists()
+    assert left_of(tmp_path / "out") <= {PARTIAL}
 
 
 def test_a_weight_that_is_not_finite_does_not_matter_where_it_is_ignored(model, tmp_path):
@@ -227,7 +227,7 @@ def test_weights_too_large_for_a_stored_scale_name_the_layer(model, tmp_path):
     refused(
         SchemeError, [UP, "scale", "float16", "ignore_layers"], lambda: quantized(model, tmp_path / "out")
     )
-    assert not (tmp_path / "out").exists()
+    assert left_of(tmp_path / "out") <= {PARTIAL}
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "auto-round", "fp8"])
@@ -250,12 +250,12 @@ def test_a_model_that_only_claims_to_be_quantized_is_refused(model, tmp_path, me
         ({"scheme": "W4A16_MIXED"}, NotYetError, ["W4A16_MIXED", "not there yet"]),
         ({"format": "auto_gtpq"}, FormatError, ["'auto_gtpq'", "Did you mean 'auto_gptq'", "Available"]),
         ({"format": ","}, FormatError, ["no format", "Available"]),
-        ({"format": "auto_gptq", "group_size": 0}, FormatError, ["q_proj", "group size 0", "-1"]),
-        ({"format": "auto_round", "group_size": 0}, FormatError, ["q_proj", "group size 0", "-1"]),
-        ({"format": "auto_gptq", "bits": 5}, FormatError, ["q_proj", "2, 3, 4, 8", "got 5", "fake"]),
-        ({"format": "auto_round", "bits": 6}, FormatError, ["q_proj", "2, 3, 4, 8", "got 6", "fake"]),
-        ({"format": "auto_awq", "bits": 8}, FormatError, ["q_proj", "4 bits only", "got 8", "layer_config"]),
-        ({"format": "auto_awq", "group_size": 48}, FormatError, ["q_proj", "64", "got 48", "group_size"]),
+        ({"format": "auto_gptq", "group_size": 0}, FormatError, ["_proj", "group size 0", "-1"]),
+        ({"format": "auto_round", "group_size": 0}, FormatError, ["_proj", "group size 0", "-1"]),
+        ({"format": "auto_gptq", "bits": 5}, FormatError, ["_proj", "2, 3, 4, 8", "got 5", "fake"]),
+        ({"format": "auto_round", "bits": 6}, FormatError, ["_proj", "2, 3, 4, 8", "got 6", "fake"]),
+        ({"format": "auto_awq", "bits": 8}, FormatError, ["_proj", "4 bits only", "got 8", "layer_config"]),
+        ({"format": "auto_awq", "group_size": 48}, FormatError, ["_proj", "64", "got 48", "group_size"]),
         (
             {"format": "auto_awq", "layer_config": {"k_proj": {"sym": False}}},
             FormatError,
@@ -264,7 +264,7 @@ def test_a_model_that_only_claims_to_be_quantized_is_refused(model, tmp_path, me
         ({"format": "auto_gptq", "layer_config": {"k_proj": {"bits": 5}}}, FormatError, ["k_proj", "got 5"]),
         ({"group_size": -3}, SchemeError, ["group_size -3", "-1 (one per row)"]),
         ({"bits": 9}, SchemeError, ["2 to 8 bits", "got 9"]),
-        ({"format": "auto_gptq", "act_bits": 8}, FormatError, ["q_proj", "inputs", "act_bits at 16"]),
+        ({"format": "auto_gptq", "act_bits": 8}, FormatError, ["_proj", "inputs", "act_bits at 16"]),
         ({"act_dynamic": False}, SchemeError, ["act_dynamic=False", "act_bits"]),
         ({"recipe": "bets"}, PlanError, ["'bets'", "Did you mean 'best'"]),
         ({"algorithm": "sign_ruond"}, PlanError, ["'sign_ruond'", "Did you mean 'sign_round'"]),
@@ -273,7 +273,7 @@ def test_a_model_that_only_claims_to_be_quantized_is_refused(model, tmp_path, me
         ({"batch_size": 0}, PlanError, ["batch_size", "1 or more", "0"]),
         ({"max_shard_size": "5 potatoes"}, ModelError, ["5 potatoes", "5GB"]),
         ({"max_shard_size": "0GB"}, ModelError, ["0GB", "5GB"]),
-        ({"device_map": "cuda:0,cuda:1", **TUNED}, NotYetError, ["cuda:0,cuda:1", "name one"]),
+        ({"device_map": "xpu:0,xpu:1", **TUNED}, PlanError, ["xpu:0", "cannot be used here"]),
         ({"device_map": "no_such_device", **TUNED}, PlanError, ["no_such_device", "cannot be used here"]),
         ({"rotation_config": "quarot"}, NotYetError, ["rotation_config", "not there yet"]),
         ({"enable_torch_compile": True}, NotYetError, ["enable_torch_compile", "not there yet"]),
@@ -346,7 +346,7 @@ def test_tuning_without_any_sample_is_an_error(good, tmp_path):
 
 
 def test_tuning_without_network_and_without_data_says_how_to_give_some(good, tmp_path):
-    words = ["NeelNanda/pile-10k", "Give a local .json, .jsonl or .txt file"]
+    words = ["NeelNanda/pile-10k", "Give a local file", "--dataset self"]
     refused(DataError, words, lambda: quantized(good, tmp_path / "out", **TUNED))
     assert not (tmp_path / "out").exists()
 
@@ -365,7 +365,7 @@ def test_token_ids_outside_the_vocabulary_are_named(good, tmp_path):
 
 def test_a_file_of_the_wrong_kind_is_named(good, tmp_path):
     (tmp_path / "data.parquet").write_bytes(b"PAR1")
-    with pytest.raises(AutoRoundError, match=r"data\.parquet.*\.jsonl"):
+    with pytest.raises(AutoRoundError, match=r"data\.parquet.*cannot be read"):
         quantized(good, tmp_path / "out", dataset=str(tmp_path / "data.parquet"), **TUNED)
 
 
@@ -407,6 +407,15 @@ def test_a_read_only_output_folder_is_named(good, tmp_path):
     unwritable(["closed", "cannot be written"], lambda: quantized(good, tmp_path / "closed" / "out"))
 
 
+PARTIAL = ".auto_round_partial"
+"""Where layers that a streamed run has finished wait for resume=True."""
+
+
+def left_of(folder):
+    """What is in `folder` after a run has failed."""
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
 def full_disk(*_args):
     """What the system says when there is no room."""
     raise OSError(errno.ENOSPC, "No space left on device")
@@ -429,7 +438,7 @@ def test_a_disk_that_is_full_at_the_start_leaves_nothing(good, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("nth", [1, 5, 20])
-def test_a_disk_that_fills_up_midway_leaves_nothing(good, tmp_path, monkeypatch, nth):
+def test_a_disk_that_fills_up_midway_leaves_no_checkpoint(good, tmp_path, monkeypatch, nth):
     put, calls = ShardWriter.put, []
 
     def failing(self, name, tensor):
@@ -438,13 +447,13 @@ def test_a_disk_that_fills_up_midway_leaves_nothing(good, tmp_path, monkeypatch,
 
     monkeypatch.setattr(ShardWriter, "put", failing)
     unwritable(["out", "No space left"], lambda: quantized(good, tmp_path / "out"))
-    assert len(calls) == nth and not (tmp_path / "out").exists()
+    assert len(calls) >= nth and left_of(tmp_path / "out") <= {PARTIAL}
 
 
-def test_a_disk_that_fills_up_at_the_side_files_leaves_the_journal(good, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_at_the_side_files_leaves_what_is_finished(good, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "copyfile", full_disk)
     unwritable(["out", "No space left"], lambda: quantized(good, tmp_path / "out"))
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".auto_round_journal"]
+    assert left_of(tmp_path / "out") == {PARTIAL}
 
 
 def test_bytes_that_read_back_differently_are_not_published(good, tmp_path, monkeypatch):
@@ -454,7 +463,7 @@ def test_bytes_that_read_back_differently_are_not_published(good, tmp_path, monk
     )
     with pytest.raises(RuntimeError, match=r"qweight.*reads back differently"):
         quantized(good, tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".auto_round_journal"]
+    assert left_of(tmp_path / "out") == {PARTIAL}
 
 
 @pytest.mark.parametrize("way", ["itself", "dotted", "link"])
@@ -539,7 +548,7 @@ def test_scales_that_are_not_finite_name_the_layer_at_load(checkpoint, bad):
 )
 def test_a_config_that_cannot_be_read_is_an_error_that_quotes_it(checkpoint, change, error, words):
     edit(checkpoint / "config.json", lambda config: config["quantization_config"].update(change))
-    refused(error, words, lambda: loaded(checkpoint))
+    refused(error, words, lambda: loaded(checkpoint, backend=None))
 
 
 @pytest.mark.parametrize(

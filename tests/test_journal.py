@@ -232,6 +232,9 @@ def test_a_damaged_block_is_quantized_again(model, tmp_path, caplog):
 
 
 def test_an_interrupt_says_how_to_go_on(model, tmp_path, caplog):
+    # A shell ignores it for what it runs in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
     class Interrupted(Watch):
         def finished(self, result):
             super().finished(result)

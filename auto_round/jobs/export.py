@@ -246,7 +246,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with ExitStack() as cleanup:
-            cleanup.callback(self._leave, kind is None)
+            cleanup.callback(self._leave)
             try:
                 if kind is None:
                     for name in self.to_copy():
@@ -257,17 +257,17 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
                 if self._ledger is not None:
                     self._ledger.close()
                 if kind is None:
-                    (self._staging / LEDGER).unlink(missing_ok=True)
                     self._write_side_files()
                     self._verify()
+                    (self._staging / LEDGER).unlink(missing_ok=True)
                     self._publish()
                     self._inspect()
             except OSError as failure:
                 raise OutputError(f"output folder {self.folder} cannot be written: {failure}") from failure
 
-    def _leave(self, complete: bool) -> None:
+    def _leave(self) -> None:
         """Remove the staging folder, unless a failed run left layers in it that the next one can use."""
-        if complete or self._ledger is None or not self._ledger.count:
+        if self._ledger is None or not self._ledger.count or not (self._staging / LEDGER).is_file():
             self._remove()
             return
         self._ledger.close()

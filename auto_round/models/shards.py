@@ -59,7 +59,7 @@ def plan_shards(infos: Mapping[str, TensorInfo], max_bytes: int) -> list[Shard]:
     """
     groups: list[list[str]] = [[]]
     filled = 0
-    for _, members in groupby(sorted(infos, key=natural), lambda name: name.rpartition(".")[0]):
+    for _, members in groupby(sorted(infos, key=natural), lambda name: name.rpartition(".")[0] or name):
         names = list(members)
         size = sum(infos[name].nbytes for name in names)
         if groups[-1] and filled + size > max_bytes:

@@ -13,7 +13,7 @@ from torch import nn
 from auto_round.core.errors import ModelError
 from auto_round.core.plan import Plan
 from auto_round.models import load
-from auto_round.models.anatomy import Anatomy, anatomy
+from auto_round.models.anatomy import Anatomy, Layer, anatomy
 from auto_round.models.checkpoint import StateDict, names_match
 from auto_round.models.experts import SavedNames, live_store, split_store
 from auto_round.models.load import ModelFiles
@@ -95,7 +95,8 @@ def open_subject(
 
 
 def check_streamed(files: ModelFiles, *, trust_remote_code: bool) -> None:
-    """Raise ModelError when the checkpoint lacks a tensor of the architecture, also one that would only be copied."""
+    """Raise ModelError when the checkpoint lacks a tensor of the architecture, also one that would only be copied, or
+    has a matrix of another shape."""
     assert files.folder is not None, "only folders are streamed"
     try:
         tree = load.skeleton(files.folder, trust_remote_code=trust_remote_code)
@@ -105,6 +106,19 @@ def check_streamed(files: ModelFiles, *, trust_remote_code: bool) -> None:
     files = replace(files, store=split_store(files.store, body.experts, prefix, whole=True))
     tied = {body.layers[body.head].tensor: ""} if body.tied and body.head else {}
     _located(tree, body, files, tied)
+    for layer in body.layers.values():
+        for stored in (names_match([layer.tensor], files.store.infos, prefix) or {}).values():
+            _check_shape(files, stored, layer)
+
+
+def _check_shape(files: ModelFiles, stored: str, layer: Layer) -> None:
+    """Raise ModelError when the tensor `stored` has another shape than the model says."""
+    expected = layer.shape[::-1] if layer.transposed else layer.shape
+    found = files.store.infos[stored].shape
+    if found != expected:
+        raise ModelError(
+            f"{stored}: shape {found} in the checkpoint, {expected} in the model's configuration"
+        )
 
 
 def _located(tree: nn.Module, body: Anatomy, files: ModelFiles, names: Mapping[str, str]) -> Located | None:
@@ -160,9 +174,4 @@ def check_sources(subject: Subject, plan: Plan) -> None:
         stored = subject.names.get(layer.tensor)
         if stored is None:
             raise ModelError(f"{layer.tensor}: not found in the checkpoint")
-        expected = layer.shape[::-1] if layer.transposed else layer.shape
-        if subject.files.store.infos[stored].shape != expected:
-            found = subject.files.store.infos[stored].shape
-            raise ModelError(
-                f"{stored}: shape {found} in the checkpoint, {expected} in the model's configuration"
-            )
+        _check_shape(subject.files, stored, layer)

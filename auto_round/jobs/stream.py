@@ -77,7 +77,7 @@ def units(source: TensorSource, plan: Plan, finished: Collection[str] = ()) -> l
 
 def _must_agree(spec: TensorSpec) -> bool:
     """Whether the layers of a fused set share parameters under `spec`."""
-    return bool(codec_of(spec).tie([torch.ones(1, 1)], spec))
+    return any(codec_of(spec).tie([torch.ones(1, 1)], spec))
 
 
 def stream(

@@ -29,7 +29,7 @@ from auto_round.core.placement import Placement
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import FLAT_NAMES, QuantizationScheme, Scheme
-from auto_round.core.selection import Selection, make_plan, parse_ignore, parse_layer_config
+from auto_round.core.selection import Selection, make_plan, parse_ignore, parse_layer_config, schemes_of
 from auto_round.formats.base import Format, Provenance, formats, parse_formats, sharing_a_plan
 from auto_round.jobs.export import CheckpointWriter
 from auto_round.jobs.gguf_export import GgufWriter
@@ -48,7 +48,7 @@ from auto_round.models import load
 from auto_round.models.anatomy import experts_of
 from auto_round.models.device import execution_dtype, parse_devices
 from auto_round.models.imatrix import importance_of
-from auto_round.models.memory import peak_memory, peak_of, reset_peak
+from auto_round.models.memory import available_memory, peak_memory, peak_of, reset_peak
 from auto_round.models.shards import parse_size
 from auto_round.models.skeleton import Skeleton
 from auto_round.models.stored import streamed_subject
@@ -69,6 +69,8 @@ from auto_round.steps.sign_round import FEW_BITS, SignRound
 from auto_round.version import __version__
 
 logger = logging.getLogger("auto_round")
+SMALL_SHARE = 1 / 16
+"""A model of at most this share of the free memory is loaded as a whole, so that it can be returned."""
 
 
 class Kept:
@@ -151,9 +153,9 @@ class AutoRound:
 
         Finished blocks are kept in a journal until the end: with resume=True, the same call goes on with what an
         interrupted one left, and writes the same bytes.
-        The model is None when it was given as a folder or hub id: then no more than one block of it is in memory at a
-        time. With low_cpu_mem_usage=False it is loaded as a whole. It gets the weights that the codes stand for,
-        whatever `inplace` says.
+        The model gets the weights that the codes stand for, whatever `inplace` says. It is None when it was given by
+        name and never loaded: when weights alone were enough, or it is large beside the free memory, or
+        low_cpu_mem_usage=True. Then no more than one block of it is in memory at a time.
         """
         formats = self._formats(format)
         groups = sharing_a_plan(formats)
@@ -326,7 +328,9 @@ class AutoRound:
     def _streams(self) -> bool:
         """Whether weights are all that this job will look at, whatever data there is."""
         plain = self.options.model_free or (self.numbers.iters == 0 and self.numbers.disable_opt_rtn)
-        if self.base.act is not None and codec_of(self.base.act).needs_range(self.base.act):
+        given = schemes_of(parse_layer_config(self.options.layer_config), self.base, preset).values()
+        acts = [scheme.act for scheme in (self.base, *given) if scheme.act is not None]
+        if any(codec_of(act).needs_range(act) for act in acts):
             return False
         return plain and self.model is None and not self.options.disable_model_free
 
@@ -405,10 +409,14 @@ class AutoRound:
         self.options = options
         return options.numbers()
 
+    def _is_quantized(self) -> bool:
+        """Whether the model's own weights are packed: transformers would not load them as plain ones."""
+        return self.folder is not None and "quantization_config" in load.read_config(self.folder)
+
     def _live_model(self) -> nn.Module:
         if self.model is None:
             assert self.folder is not None, "a model or a folder is given"
-            if "quantization_config" in load.read_config(self.folder):
+            if self._is_quantized():
                 raise ModelError(
                     f"{self.folder} is quantized already and is read block by block: use quantize_and_save, "
                     "or give the original model"
@@ -528,10 +536,18 @@ class AutoRound:
     def _runnable(self) -> nn.Module | Skeleton:
         """The model as a whole when there is one or is to be one, else its skeleton."""
         subject = self.subject()
-        whole = self.model is not None or not self.options.low_cpu_mem_usage
-        if whole or subject.located is None or subject.tree is None:
+        if self.model is not None or subject.located is None or subject.tree is None or self._fits_whole():
             return self._live_model()
         return Skeleton(subject.tree, subject.located, subject.anatomy.in_order())
+
+    def _fits_whole(self) -> bool:
+        """Whether the model is loaded as a whole: as was said, else when it is small beside the free memory."""
+        files = self.subject().files
+        if self.options.low_cpu_mem_usage is not None:
+            return not self.options.low_cpu_mem_usage
+        if self.options.max_ram is not None or self._is_quantized():
+            return False
+        return sum(info.nbytes for info in files.store.infos.values()) <= SMALL_SHARE * available_memory()
 
     def _data(self, *, required: bool) -> Calibration | None:
         """The calibration data. A recipe that can do without falls back to weights alone when there is none."""

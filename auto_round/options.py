@@ -63,7 +63,7 @@ class Options:
     amp: bool = True
     model_dtype: str | None = None
     low_gpu_mem_usage: bool = False
-    low_cpu_mem_usage: bool = True
+    low_cpu_mem_usage: bool | None = None
     max_ram: str | int | None = None
     max_vram: str | int | None = None
     report: str | None = None

@@ -110,7 +110,7 @@ FLAGS = [
     (["--trust_remote_code"], {"trust_remote_code": True}),
     (["--trust_remote_code", "--disable_trust_remote_code"], {}),
     (["--low_gpu_mem_usage"], {"low_gpu_mem_usage": True}),
-    (["--low_cpu_mem_usage"], {}),
+    (["--low_cpu_mem_usage"], {"low_cpu_mem_usage": True}),
     (["--disable_low_cpu_mem_usage"], {"low_cpu_mem_usage": False}),
     (["--disable_torch_compile"], {}),
     (["--disable_amp"], {"amp": False}),

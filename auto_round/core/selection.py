@@ -114,9 +114,7 @@ def make_plan(
         base=selection.base,
         fused=fused,
     )
-    settings = {
-        key: _scheme_of(key, value, selection.base, preset) for key, value in selection.layer_config.items()
-    }
+    settings = schemes_of(selection.layer_config, selection.base, preset)
     extra: dict[str, Scheme] = {}
     why: dict[str, str] = {}
     unused = set(settings)
@@ -130,6 +128,13 @@ def make_plan(
     for key in sorted(unused):
         plan = plan.noted(f"layer_config {key!r} matches no layer.{nearest(key, shapes)}")
     return _ignore(plan, selection.ignore_layers)
+
+
+def schemes_of(
+    layer_config: Mapping[str, Setting], base: Scheme, preset: PresetLookup
+) -> dict[str, Scheme]:
+    """The scheme that each key of `layer_config` stands for. Raises PlanError or SchemeError naming the key."""
+    return {key: _scheme_of(key, value, base, preset) for key, value in layer_config.items()}
 
 
 def _applies(key: str, name: str, *, exact: bool, selectable: set[str]) -> bool:

@@ -536,7 +536,10 @@ class AutoRound:
     def _runnable(self) -> nn.Module | Skeleton:
         """The model as a whole when there is one or is to be one, else its skeleton."""
         subject = self.subject()
-        if self.model is not None or subject.located is None or subject.tree is None or self._fits_whole():
+        if self.model is not None or subject.located is None or subject.tree is None:
+            return self._live_model()
+        if self._fits_whole():
+            subject.located.check(subject.tree)
             return self._live_model()
         return Skeleton(subject.tree, subject.located, subject.anatomy.in_order())
 

@@ -180,7 +180,8 @@ class Machine:
         ),
     ] = False
     low_cpu_mem_usage: Annotated[
-        bool, _switch("low-cpu-mem-usage", help="Only one block is in memory at a time, also of a small model.")
+        bool,
+        _switch("low-cpu-mem-usage", help="Only one block is in memory at a time, also of a small model."),
     ] = False
     disable_low_cpu_mem_usage: Annotated[
         bool, _switch("disable-low-cpu-mem-usage", help="Load the model as a whole.")
@@ -275,7 +276,9 @@ def to_options(recipe: str, output: Output, scheme: SchemeFlags, tuning: Tuning,
         "act_dynamic": False if scheme.disable_act_dynamic else None,
         "enable_minmax_tuning": not tuning.disable_minmax_tuning,
         "enable_quanted_input": not tuning.disable_quanted_input,
-        "low_cpu_mem_usage": False if machine.disable_low_cpu_mem_usage else machine.low_cpu_mem_usage or None,
+        "low_cpu_mem_usage": False
+        if machine.disable_low_cpu_mem_usage
+        else machine.low_cpu_mem_usage or None,
         "enable_torch_compile": machine.enable_torch_compile or None,
         "amp": not machine.disable_amp,
         "trust_remote_code": machine.trust_remote_code and not machine.disable_trust_remote_code,

@@ -130,9 +130,7 @@ def make_plan(
     return _ignore(plan, selection.ignore_layers)
 
 
-def schemes_of(
-    layer_config: Mapping[str, Setting], base: Scheme, preset: PresetLookup
-) -> dict[str, Scheme]:
+def schemes_of(layer_config: Mapping[str, Setting], base: Scheme, preset: PresetLookup) -> dict[str, Scheme]:
     """The scheme that each key of `layer_config` stands for. Raises PlanError or SchemeError naming the key."""
     return {key: _scheme_of(key, value, base, preset) for key, value in layer_config.items()}
 

@@ -31,16 +31,25 @@ class Located:
     pieces: Mapping[str, Mapping[str, Piece]] = field(default_factory=dict)
     full: Callable[[str], bool] = lambda name: False
 
+    def check(self, tree: nn.Module) -> None:
+        """Raise ModelError naming a stored tensor that has another shape than in `tree`."""
+        for name, like in tree.state_dict().items():
+            if self.names.get(name) in self.store.infos:
+                self._check(name, self.store.infos[self.names[name]].shape, like)
+
+    def _check(self, name: str, shape: tuple[int, ...], like: Tensor) -> None:
+        if shape != tuple(like.shape):
+            raise ModelError(
+                f"{self.names[name]}: shape {shape} in the checkpoint, {tuple(like.shape)} in the "
+                "model's configuration"
+            )
+
     def read(self, name: str, like: Tensor) -> Tensor:
         """The tensor `name` of the tree, in the dtype of `like`."""
         dtype = torch.float32 if self.full(name) and like.dtype in LOW_DTYPES else like.dtype
         if name not in self.pieces:
             tensor = self.store.get(self.names[name])
-            if tensor.shape != like.shape:
-                raise ModelError(
-                    f"{self.names[name]}: shape {tuple(tensor.shape)} in the checkpoint, {tuple(like.shape)} in the "
-                    "model's configuration"
-                )
+            self._check(name, tuple(tensor.shape), like)
             return tensor.to(dtype)
         fused = torch.empty(like.shape, dtype=dtype)
         for stored, piece in self.pieces[name].items():

@@ -98,6 +98,7 @@ class Kernel(nn.Module):
         super().__init__()
         self.backend, self.site = backend, site
         self.in_features, self.out_features = site.shape[1], site.shape[0]
+        self.transposed = False  # whether the plain layer held its weight as (I, O)
         for suffix, tensor in planned_tensors(site.format, site.spec, site.shape, site.act).items():
             self.register_buffer(suffix, torch.empty_like(tensor))
         self.packed = tuple(name for name, _ in self.named_buffers())

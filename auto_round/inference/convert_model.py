@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from auto_round.backends.base import Choice, Kernel, Site, backends, choose
 from auto_round.core.errors import FormatError, SchemeError
 from auto_round.core.scheme import ACT_NAMES, FLOAT_BITS, WEIGHT_NAMES, Scheme
 from auto_round.core.settings import settings
 from auto_round.formats.base import Format, format_named
+from auto_round.inference.plain import dequantized
 from auto_round.models import quirks
 from auto_round.models.anatomy import block_lists, is_matrix, shape_of
 from auto_round.models.expert_modules import separate
@@ -94,9 +96,11 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         parent, _, last = name.rpartition(".")
         owner = model.get_submodule(parent)
         try:
-            setattr(owner, last, choice.backend.build(site))
+            built = choice.backend.build(site)
         except SchemeError as error:
             raise FormatError(f"{name}: {error}") from error
+        built.transposed = isinstance(old, Conv1D)
+        setattr(owner, last, built)
         # transformers 5 initializes some layers through their parents: GPT2Attention fills c_proj.weight, now gone.
         if parent:
             owner._is_hf_initialized = True  # type: ignore[assignment]
@@ -124,14 +128,19 @@ def _separate_experts(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
 def post_init(model: nn.Module, used_backends: list[str]) -> None:
     """After loading: every backend checks and prepares its layers. Raises FormatError for a damaged layer."""
     ours = [module for module in model.modules() if isinstance(module, Kernel)]
-    needed = sum(m.site.shape[0] * m.site.shape[1] * m.site.dtype.itemsize for m in ours)
+    by_torch = [m for m in ours if m.backend == "torch"]
+    needed = sum(m.site.shape[0] * m.site.shape[1] * m.site.dtype.itemsize for m in by_torch)
     cache = needed <= settings().cache_weights_share * available_memory()
-    logger.info(
-        "dequantized weights take %.1f GB: %s", needed / 1e9, "kept" if cache else "made anew at each call"
-    )
+    if by_torch:
+        kept = "kept" if cache else "made anew at each call"
+        logger.info("dequantized weights of backend torch take %.1f GB: %s", needed / 1e9, kept)
     _check_complete(ours)
     for module in ours:
         backends()[module.backend].finish(module, cache=cache)
+    # transformers has no other place for it: its quantizer asks itself, and answers that nobody has written it.
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer._dequantize = dequantized
 
 
 def _check_complete(ours: Iterable[Kernel]) -> None:

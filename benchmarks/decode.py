@@ -2,8 +2,9 @@
 
     python benchmarks/decode.py --shapes 1b 8b --threads 1 --batch 1 8 --out benchmarks/results/decode.jsonl
 
-One line of JSON per kernel, shape, setting and batch: the least CPU time of a call over all rounds. Kernels alternate within a
-round, so that a busy machine hurts all of them alike; each layer is larger than the caches or rotated among copies that are.
+One line of JSON per kernel, shape, setting and batch: the least CPU time of a call over all rounds. Kernels alternate
+within a round, so that a busy machine hurts all of them alike. Small layers may stay in the caches: their share of the
+bandwidth can exceed 1.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Talk to a quantized chat model: `python examples/chat.py FOLDER [--backend cpu] [--tokens 200]`. Empty line: the end."""
+"""Talk to a quantized chat model: `python examples/chat.py FOLDER [--backend cpu]`. An empty line ends it."""
 
 import argparse
 

@@ -438,9 +438,8 @@ class AutoRound:
         return self._tokenizer
 
     def _stream(self, source: TensorSource, passes: Sequence[Pass]) -> None:
-        blocks = sum(len(blocks) for blocks in self.subject().anatomy.block_lists)
         for observer in self.observers:
-            observer.started(passes[0].plan, blocks)
+            observer.started(passes[0].plan, self._block_count(passes[0].plan))
         observers = self.observers
         for each in passes:
             writers = [w if isinstance(w, CheckpointWriter) else Locked(w) for w in each.writers]
@@ -451,7 +450,7 @@ class AutoRound:
     def _run(self, source: Source, first: Pass, *others: Pass, journal: Journal | None = None) -> None:
         writers, observers = first.writers, self.observers
         for observer in observers:
-            observer.started(first.plan, sum(len(blocks) for blocks in self.subject().anatomy.block_lists))
+            observer.started(first.plan, self._block_count(first.plan))
         if journal is not None:
             about = manifest(self.subject(), first.plan, first.steps, source.describe())
             journal.begin(about, resume=self.options.resume)
@@ -460,6 +459,12 @@ class AutoRound:
         deterministic = self.options.enable_deterministic_algorithms
         with _deterministic() if deterministic else ExitStack():
             quantize(source, first.plan, first.steps, writers, observers, others)
+
+    def _block_count(self, plan: Plan) -> int:
+        """Blocks that the loop goes through; a layer outside them, such as the head, is one of its own."""
+        body = self.subject().anatomy
+        outside = [name for name in plan.quantized() if body.layers[name].block is None]
+        return sum(len(blocks) for blocks in body.block_lists) + len(outside)
 
     def _source(self, steps: Sequence[Step]) -> Source:
         """Shards when weights are all that is needed, else the live model."""

@@ -34,7 +34,7 @@ MODEL = Path(__file__).parent / "novelist-8m"
 OUT = Path("demo_output/novelist-8m")
 PROMPT = "The old lady put down her letter, looked out of the window at the rain, and said"
 # Small numbers for a quick look. The defaults, 200 x 8 x 2048 tokens from 128 samples, are more accurate.
-TUNING = {"iters": 100, "batch_size": 4, "nsamples": 64, "seqlen": 256}
+TUNING = {"iters": 60, "batch_size": 4, "nsamples": 64, "seqlen": 256}
 JOBS = {
     "rtn W4": {"scheme": "W4A16", "iters": 0, "disable_opt_rtn": True},
     "opt_rtn W4": {**TUNING, "scheme": "W4A16", "iters": 0},

@@ -138,6 +138,11 @@ class Kernel(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
 
+    @property
+    def W_q(self) -> Tensor:
+        """Some tensor of the layer: peft (0.21) asks it for the device of adapters when there is no `qweight`."""
+        return next(self.buffers())
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not self.packed:

@@ -119,6 +119,8 @@ from auto_round import AutoRound
 if __name__ == "__main__":
     source, out, scheme, workers = sys.argv[1:]
     options = {"sym": False} if scheme.endswith("-asym") else {}
+    import auto_round
+    assert auto_round.__version__.startswith("0."), f"this is no upstream: {auto_round.__file__}"
     job = AutoRound(source, scheme=scheme.removesuffix("-asym"), model_free=True, **options)
     job.quantize_and_save(out, format="auto_round")
 """
@@ -197,8 +199,10 @@ def run(
         names = list(jobs)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             shutil.rmtree(work, ignore_errors=True)
+            # The other environment must not see this repository's package.
+            own = {k: v for k, v in env.items() if k != "PYTHONPATH"} if name.endswith("upstream") else env
             try:
-                results[name].append(timed(jobs[name], source.parent / "log", env))
+                results[name].append(timed(jobs[name], source.parent / "log", own))
             except SystemExit as error:
                 results[name].append({"error": str(error)[-600:]})
             print(name, results[name][-1], flush=True)

@@ -98,3 +98,32 @@ def test_a_shard_that_is_cut_off_while_it_is_read_is_an_error_and_no_crash(tmp_p
         file.truncate(500)
     with pytest.raises(ModelError, match=r"part-0\.safetensors: ends within tensor a"):
         store.get("a")
+
+
+def test_a_shard_larger_than_memory_is_opened_and_read_in_part(tmp_path):
+    rows = 1 << 19  # half a terabyte, none of it written
+    header = {"a": {"dtype": "F32", "shape": [rows, 1 << 18], "data_offsets": [0, rows << 20]}}
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + (rows << 20))
+    store = Checkpoint(tmp_path)
+    assert store.infos["a"].shape == (rows, 1 << 18)
+    assert not store.row("a", rows - 1).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data_offsets": [4, 20]}, "begins at byte 4"),
+        ({"shape": [5]}, "16 bytes for the shape"),
+        ({"shape": [-4]}, "has the shape"),
+        ({"data_offsets": [0, 12], "shape": [3]}, "describes 12 bytes"),
+    ],
+)
+def test_a_header_that_lies_names_the_file_and_what_is_wrong(change, words, tmp_path):
+    entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16], **change}
+    text = json.dumps({"a": entry}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    with pytest.raises(ModelError, match=rf"model\.safetensors: .*{words}"):
+        Checkpoint(tmp_path)

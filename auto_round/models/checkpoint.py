@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from auto_round.core.errors import ModelError
@@ -276,20 +275,46 @@ def read_index(path: Path) -> dict[str, str]:
     return dict(shards)
 
 
+LONGEST_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors library."""
+
+
 def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Offset of the data of the safetensors file `path`, and its header. Raises ModelError for a damaged one."""
+    """Offset of the data of the safetensors file `path`, and its header. Raises ModelError for a damaged one.
+
+    The library's own reader maps the file, which fails for one that is larger than memory.
+    """
+    size = path.stat().st_size
     try:
-        with safe_open(path, framework="pt"):  # checks sizes, overlaps and the end of the file
-            pass
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(size - 8, LONGEST_HEADER):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(file.read(length))
-    except (SafetensorError, struct.error, ValueError) as error:
+        header.pop("__metadata__", None)
+        _check_header(header, size - 8 - length)
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{path}: truncated or damaged safetensors file ({error}); copy or download it again"
         ) from error
-    header.pop("__metadata__", None)
     return 8 + length, header
+
+
+def _check_header(header: Mapping[str, Any], nbytes: int) -> None:
+    """Raise ValueError unless the tensors fill `nbytes` without gaps or overlaps, each as large as its shape says."""
+    position = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        if not all(isinstance(n, int) and n >= 0 for n in (begin, end, *entry["shape"])):
+            raise ValueError(f"tensor {name} has the shape {entry['shape']} at {begin} to {end}")
+        if begin != position:
+            raise ValueError(f"tensor {name} begins at byte {begin}, the one before ends at {position}")
+        dtype = DTYPES.get(entry["dtype"])
+        if dtype is not None and end - begin != math.prod(entry["shape"]) * dtype.itemsize:
+            raise ValueError(f"tensor {name} has {end - begin} bytes for the shape {entry['shape']}")
+        position = end
+    if position != nbytes:
+        raise ValueError(f"the header describes {position} bytes of data, the file has {nbytes}")
 
 
 def _dtype(name: str, path: Path, tensor: str) -> torch.dtype:

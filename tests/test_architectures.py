@@ -15,6 +15,7 @@ from auto_round import AutoRound
 from auto_round.core.errors import DataError, ModelError
 from auto_round.formats.base import parse_formats
 from auto_round.models.anatomy import anatomy
+from auto_round.outputs import open_writers
 from auto_round.sources.base import Needs
 from auto_round.sources.blocks import Execution, LiveSource
 from auto_round.sources.dataset import Calibration
@@ -234,9 +235,9 @@ def test_every_tensor_of_the_source_is_copied_or_replaced(name, tmp_path):
         name.removesuffix("weight") + part for name in replaced for part in ("qweight", "qzeros", "scales")
     }
     assert set(written) == set(source) - replaced | added
-    with made._writers(tmp_path / "again", parse_formats("auto_round"), made.plan, several=False) as (
-        writer,
-    ):
+    with open_writers(
+        made.material, tmp_path / "again", parse_formats("auto_round"), made.plan, several=False
+    ) as (writer,):
         account = writer.account
         assert sorted(account.copied + account.replaced) == sorted(source) and set(account.added) == added
         for layer, q in _encoded(made).items():

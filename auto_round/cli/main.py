@@ -123,7 +123,7 @@ def _quantize(
     with Show(console) as show:
         job.observers.append(show)
         _, folders = job.quantize_and_save(output.output_dir, format=output.format)
-    Console().print(show.summary(job.folder, [folders] if isinstance(folders, str) else folders))
+    Console().print(show.summary(job.material.folder, [folders] if isinstance(folders, str) else folders))
 
 
 def execute(recipe: str, argv: list[str]) -> int:

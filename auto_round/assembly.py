@@ -1,0 +1,81 @@
+"""A recipe as a list of steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from auto_round.core.errors import PlanError
+from auto_round.core.plan import Plan
+from auto_round.jobs.starts import start
+from auto_round.models.imatrix import importance_of
+from auto_round.options import Options
+from auto_round.recipes import schedule_named
+from auto_round.steps.base import Step
+from auto_round.steps.inputs import InputRanges, needs_calibration
+from auto_round.steps.search import Search
+from auto_round.steps.sign_round import FEW_BITS, SignRound
+
+logger = logging.getLogger("auto_round")
+
+
+def steps_for(
+    plan: Plan,
+    options: Options,
+    config: Mapping[str, Any],
+    *,
+    at_once: int,
+    iters: int | None = None,
+) -> list[Step]:
+    """The recipe as a list of steps, for the layers of `plan`.
+
+    config: of the model. at_once: samples that run together, fewer than the batch size when memory is short.
+    iters: instead of those of the recipe.
+    """
+    numbers = options.numbers()
+    found: list[Step] = []
+    if any(scheme.act is not None for scheme in plan.values()):
+        found.append(InputRanges(calibrated=needs_calibration(plan), percentile=options.act_percentile))
+    kind = options.start_of(numbers)
+    found += start(kind) if options.imatrix is None else [_given_search(plan, options, config, kind)]
+    if numbers.iters:
+        found.append(
+            SignRound(
+                iters=iters or numbers.iters,
+                lr=numbers.lr,
+                minmax_lr=options.minmax_lr,
+                batch_size=at_once,
+                gradient_accumulate_steps=options.gradient_accumulate_steps
+                * max(1, numbers.batch_size // at_once),
+                minmax=options.enable_minmax_tuning,
+                adam=options.enable_adam,
+                momentum=options.momentum,
+                best_state=not options.not_use_best_mse,
+                published=options.algorithm == "sign_round_published",
+                schedule=schedule_named(options.lr_scheduler),
+                patience=options.dynamic_max_gap,
+                trim_below=FEW_BITS if options.enable_alg_ext else 0,
+                seed=options.seed,
+            )
+        )
+    return found
+
+
+def _given_search(plan: Plan, options: Options, config: Mapping[str, Any], kind: str) -> Search:
+    """The search that goes by an importance file."""
+    assert options.imatrix is not None, "there is such a file"
+    if kind == "none" or options.start == "gptq":
+        raise PlanError("imatrix: an importance file serves the search of ranges, which is switched off")
+    path = Path(options.imatrix)
+    found = importance_of(path, {n: plan.shapes[n] for n in plan.quantized()}, config)
+    missing = [name for name in plan.quantized() if name not in found]
+    if missing:
+        logger.warning(
+            "imatrix %s: nothing about %d layers, such as %s: by weights alone",
+            path,
+            len(missing),
+            missing[0],
+        )
+    return Search(found)

@@ -1,0 +1,200 @@
+"""What a job works on: the model as files, skeleton or module, its tokenizer, and the calibration data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from auto_round.core.errors import DataError, ModelError
+from auto_round.core.scheme import Scheme
+from auto_round.core.selection import parse_layer_config
+from auto_round.models import load
+from auto_round.models.device import parse_devices
+from auto_round.models.memory import available_memory
+from auto_round.models.skeleton import Skeleton
+from auto_round.models.stored import streamed_subject
+from auto_round.models.subject import Subject, check_streamed, open_subject
+from auto_round.options import Options
+from auto_round.planning import weights_alone
+from auto_round.recipes import recipe_named
+from auto_round.sources import plain
+from auto_round.sources.base import Needs
+from auto_round.sources.dataset import Calibration, Request, load_calibration
+from auto_round.sources.dataset_names import DEFAULT_DATASET
+from auto_round.sources.kv_cache import cache_ranges
+
+logger = logging.getLogger("auto_round")
+SMALL_SHARE = 1 / 16
+"""A model of at most this share of the free memory is loaded as a whole, so that it can be returned."""
+
+
+class Material:
+    """Model and data of one job, each opened when first asked for."""
+
+    def __init__(self, model: str | Path | nn.Module, tokenizer: Any, options: Options, base: Scheme) -> None:
+        self.options, self.base = options, base
+        self._tokenizer, self._whole = tokenizer, False
+        self._subject: Subject | None = None
+        self._calibration: Calibration | None = None
+        self._cache_ranges: Mapping[str, tuple[Tensor, Tensor]] | None = None
+        if isinstance(model, nn.Module):
+            self.model: nn.Module | None = model.eval()
+            self.folder: Path | None = None
+        else:
+            self.model = None
+            self.folder = load.resolve(str(model), platform=options.platform)
+
+    @property
+    def whole(self) -> bool:
+        """Whether embedding and head are quantized too, as some formats do, which makes layers of them."""
+        return self._whole
+
+    @whole.setter
+    def whole(self, wanted: bool) -> None:
+        if wanted is not self._whole:
+            self._whole, self._subject = wanted, None
+
+    def subject(self) -> Subject:
+        """The model as files and layers."""
+        streams = self.folder is not None and load.has_safetensors(self.folder) and self._streams()
+        if self._subject is None and self.folder is not None and streams:
+            files = plain.open_folder(self.folder)
+            self._subject = streamed_subject(
+                files,
+                embedding=self._whole,
+                blocks=self.options.to_quant_block_names,
+                trust_remote_code=self.options.trust_remote_code,
+            )
+            if self._subject is not None and not self.options.model_free:
+                check_streamed(files, trust_remote_code=self.options.trust_remote_code)
+        if self._subject is None:
+            self._subject = open_subject(
+                self.folder,
+                self.model,
+                self.live_model,
+                tokenizer=self._tokenizer,
+                trust_remote_code=self.options.trust_remote_code,
+                blocks=self.options.to_quant_block_names,
+                named=parse_layer_config(self.options.layer_config),
+                head=self.options.quant_lm_head,
+                embedding=self._whole,
+                dtype=self.options.model_dtype or "auto",
+                opener=plain.open_folder,
+            )
+        return self._subject
+
+    def _streams(self) -> bool:
+        """Whether weights are all that this job will look at, whatever data there is."""
+        return self.model is None and weights_alone(self.options, self.base)
+
+    def _is_quantized(self) -> bool:
+        """Whether the model's own weights are packed: transformers would not load them as plain ones."""
+        return self.folder is not None and "quantization_config" in load.read_config(self.folder)
+
+    def live_model(self) -> nn.Module:
+        """The model as a whole, loaded when first asked for. Raises ModelError for one that is quantized already."""
+        if self.model is None:
+            assert self.folder is not None, "a model or a folder is given"
+            if self._is_quantized():
+                raise ModelError(
+                    f"{self.folder} is quantized already and is read block by block: use quantize_and_save, "
+                    "or give the original model"
+                )
+            self.model = load.load_model(
+                self.folder,
+                trust_remote_code=self.options.trust_remote_code,
+                dtype=self.options.model_dtype or "auto",
+            )
+        return self.model
+
+    def runnable(self) -> nn.Module | Skeleton:
+        """The model as a whole when there is one or is to be one, else its skeleton."""
+        subject = self.subject()
+        if self.model is not None or subject.located is None or subject.tree is None:
+            return self.live_model()
+        if self._fits_whole():
+            subject.located.check(subject.tree)
+            return self.live_model()
+        return Skeleton(subject.tree, subject.located, subject.anatomy.in_order())
+
+    def _fits_whole(self) -> bool:
+        """Whether the model is loaded as a whole: as was said, else when it is small beside the free memory."""
+        files = self.subject().files
+        if self.options.low_cpu_mem_usage is not None:
+            return not self.options.low_cpu_mem_usage
+        if self.options.max_ram is not None or self._is_quantized():
+            return False
+        return sum(info.nbytes for info in files.store.infos.values()) <= SMALL_SHARE * available_memory()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer given, or that of the model's folder; None when there is none."""
+        if self._tokenizer is None and self.folder is not None:
+            self._tokenizer = load.load_tokenizer(
+                self.folder, trust_remote_code=self.options.trust_remote_code
+            )
+        return self._tokenizer
+
+    def samples(self, needs: Needs, requires: Needs) -> Calibration | None:
+        """The calibration data that a recipe makes use of; loaded once."""
+        if needs > Needs.NOTHING and not self.options.model_free and self._calibration is None:
+            self._calibration = self.data(required=requires > Needs.NOTHING)
+        return self._calibration
+
+    def data(self, *, required: bool) -> Calibration | None:
+        """The calibration data. A recipe that can do without falls back to weights alone when there is none."""
+        nsamples = self.options.numbers().nsamples
+        if nsamples == 0:
+            if required and self.options.nsamples == 0:
+                raise DataError(
+                    "nsamples=0: tuning and calibrated input ranges need data; give nsamples, or use iters=0 and a "
+                    "scheme with dynamic inputs"
+                )
+            if not required:
+                return None
+            nsamples = recipe_named(
+                "default"
+            ).nsamples  # the recipe has none, but the scheme's inputs need a range
+        request = Request(
+            nsamples=nsamples, seqlen=self.seqlen(), seed=self.options.seed, platform=self.options.platform
+        )
+        dataset = DEFAULT_DATASET if self.options.dataset is None else self.options.dataset
+        try:
+            data = load_calibration(dataset, self.tokenizer, request, self.live_model)
+        except DataError as error:
+            if required or self.options.dataset is not None:
+                raise
+            logger.warning("optimised RTN goes by weights alone: %s", error)
+            return None
+        tree = self.subject().tree
+        assert tree is not None, "only jobs without data go by names alone"
+        rows = tree.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        if int(data.tokens.max()) >= rows:
+            raise DataError(
+                f"dataset: token id {int(data.tokens.max())} is outside the model's vocabulary of {rows}; "
+                "is the tokenizer the model's own?"
+            )
+        return data
+
+    def seqlen(self) -> int:
+        """The wanted length, or what the model can take."""
+        config, wanted = self.subject().files.config, self.options.numbers().seqlen
+        text = config.get("text_config") or config
+        most = text.get("max_position_embeddings") or text.get("n_positions") or wanted
+        if wanted > most:
+            logger.warning("seqlen %d is more than the model's %d positions: using %d", wanted, most, most)
+        return min(wanted, most)
+
+    def cache_ranges(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """What the keys and values of every layer reach on the calibration data; measured once."""
+        if self._cache_ranges is None:
+            data = self.data(required=True)
+            assert data is not None, "required data is there or an error"
+            model = self.live_model()
+            model.to(parse_devices(self.options.device_map).main)
+            self._cache_ranges = cache_ranges(model, data, self.options.numbers().batch_size)
+        return self._cache_ranges

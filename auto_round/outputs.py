@@ -1,0 +1,101 @@
+"""The writers of a job, one per format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from auto_round.core.plan import Plan
+from auto_round.formats.base import Format, Provenance
+from auto_round.jobs.export import CheckpointWriter
+from auto_round.jobs.gguf_export import GgufWriter
+from auto_round.jobs.ledger import Ledger
+from auto_round.material import Material
+from auto_round.models.shards import parse_size
+from auto_round.models.subject import Subject
+from auto_round.options import Options
+from auto_round.version import __version__
+
+
+@contextmanager
+def open_writers(
+    material: Material,
+    output_dir: Path,
+    formats: Sequence[Format],
+    plan: Plan,
+    *,
+    several: bool,
+    about: Mapping[str, Any] | None = None,
+) -> Iterator[list[CheckpointWriter | GgufWriter]]:
+    """One writer per format: into `output_dir` itself, or into a sub-folder each when there are several.
+
+    about: what a stream's outcome depends on, for the ledger of what it has written.
+    """
+    with ExitStack() as stack:
+        writers: list[CheckpointWriter | GgufWriter] = []
+        for fmt in formats:
+            folder = output_dir / fmt.name.replace(":", "-").replace("_", "-") if several else output_dir
+            writer = writer_for(material, fmt, folder, plan, about=about)
+            stack.enter_context(writer)
+            writers.append(writer)
+        yield writers
+
+
+def writer_for(
+    material: Material,
+    fmt: Format,
+    folder: Path,
+    plan: Plan,
+    *,
+    about: Mapping[str, Any] | None = None,
+) -> CheckpointWriter | GgufWriter:
+    """What writes `plan` in format `fmt` into `folder`; nothing is opened yet."""
+    subject, options = material.subject(), material.options
+    provenance = provenance_of(subject, plan, options)
+    if fmt.whole_model:
+        split = parse_size(options.split_size) if options.split_size else 0
+        return GgufWriter(folder, fmt, subject, plan, provenance, max_shard_bytes=split)
+    made, limit = fmt.resolve(plan), parse_size(options.max_shard_size)
+    ledger = None if about is None else Ledger(about, resume=options.resume)
+    return CheckpointWriter(
+        folder,
+        made,
+        subject,
+        plan,
+        provenance,
+        max_shard_bytes=limit,
+        ledger=ledger,
+        cache=_cache_scales(material, made),
+    )
+
+
+def provenance_of(subject: Subject, plan: Plan, options: Options) -> Provenance:
+    """How the checkpoint of `plan` comes to be, for its configuration."""
+    body, numbers = subject.anatomy, options.numbers()
+    lists = zip(body.prefixes, body.block_lists, strict=True)
+    used = {body.layers[name].block for name in plan}
+    tuning: dict[str, object] = {"enable_quanted_input": False}
+    if numbers.iters:
+        tuning = {"iters": numbers.iters, "nsamples": numbers.nsamples, "seqlen": numbers.seqlen}
+        if not options.enable_quanted_input:
+            tuning["enable_quanted_input"] = False
+    return Provenance(
+        version=__version__,
+        blocks=tuple(prefix for prefix, blocks in lists if used & set(blocks)),
+        tuning=tuning,
+        float_layers=(*(name for name in body.layers if name not in plan), *body.routers),
+        cache=options.static_kv_dtype or "",
+    )
+
+
+def _cache_scales(material: Material, fmt: Format) -> dict[str, torch.Tensor]:
+    """The tensors of `static_kv_dtype` for `fmt`; empty when it is not asked for."""
+    wanted = material.options.static_kv_dtype
+    if wanted is None:
+        return {}
+    fmt.cache_scales({}, wanted)  # refuses before the model is run
+    return fmt.cache_scales(material.cache_ranges(), wanted)

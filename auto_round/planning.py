@@ -1,0 +1,165 @@
+"""From options to decisions that need no weights: numbers, scheme, formats, and the plan of a model."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+
+from auto_round.codecs.base import codec_of, preset
+from auto_round.core.errors import NotYetError, PlanError, SchemeError
+from auto_round.core.plan import Plan
+from auto_round.core.scheme import FLAT_NAMES, QuantizationScheme, Scheme
+from auto_round.core.selection import Selection, make_plan, parse_ignore, parse_layer_config, schemes_of
+from auto_round.formats.base import Format, parse_formats
+from auto_round.models.anatomy import experts_of
+from auto_round.models.subject import Subject, check_sources
+from auto_round.options import DEFAULT_SCHEME, Options
+from auto_round.recipes import algorithm_named
+
+logger = logging.getLogger("auto_round")
+
+
+def settled(options: Options) -> Options:
+    """`options` with what `alg_configs` and `algorithm` say. Raises PlanError when they contradict each other."""
+    configs = options.alg_configs
+    if configs is not None:
+        if options.algorithm is not None:
+            raise PlanError("give algorithm or alg_configs, not both")
+        for config in configs if isinstance(configs, (list, tuple)) else [configs]:
+            options = (
+                config.merged(options) if not isinstance(config, str) else replace(options, algorithm=config)
+            )
+    if options.algorithm is not None:
+        names = {algorithm_named(part) for part in options.algorithm.split(",") if part.strip()}
+        if len(names) != 1:
+            raise PlanError(f"algorithm {options.algorithm!r}: give exactly one of them")
+        options = replace(options, algorithm=names.pop())
+    return options
+
+
+def base_scheme(options: Options) -> Scheme:
+    """The scheme for all layers: `scheme` by name or object, with the single settings on top.
+
+    Raises SchemeError or NotYetError.
+    """
+    given = options.scheme
+    if isinstance(given, str):
+        start = preset(given)
+    elif isinstance(given, Scheme):
+        start = given
+    elif isinstance(given, QuantizationScheme):
+        start = Scheme.from_flat({f.name: given[f.name] for f in fields(given)})
+    elif isinstance(given, dict):
+        start = Scheme.from_flat(given)
+    else:
+        raise NotYetError(
+            f"scheme of type {type(given).__name__} is not there yet; give a name, a dict or QuantizationScheme"
+        )
+    given_fields = {f.name: getattr(options, f.name) for f in fields(options)}
+    said = {name: given_fields[name] for name in FLAT_NAMES if given_fields.get(name) is not None}
+    scheme = Scheme.from_flat(said, start) if said else start
+    _check_codecs(scheme)
+    return scheme
+
+
+def formats_for(options: Options, base: Scheme, given: str | None = None) -> list[Format]:
+    """The formats given here or in the options, or what the scheme stands for: a GGUF scheme is a format too."""
+    scheme = options.scheme
+    meant = scheme.lower() if isinstance(scheme, str) and scheme.upper().startswith("GGUF:") else None
+    formats = parse_formats(given or options.format or meant or "auto_round")
+    for fmt in formats:
+        if meant is not None and fmt.name != meant and (fmt.whole_model or fmt.holds_codes):
+            raise PlanError(
+                f"scheme {scheme} is written by format {meant}, got format {fmt.name}. Leave one of them out"
+            )
+        if fmt.whole_model and meant is None and base != preset(DEFAULT_SCHEME):
+            raise PlanError(
+                f"format {fmt.name} has a scheme of its own, got scheme {base}. "
+                "Leave scheme, bits, group_size and sym out; single layers can be changed with layer_config"
+            )
+    return formats
+
+
+def plan_for(subject: Subject, options: Options, base: Scheme, formats: Sequence[Format]) -> Plan:
+    """The plan for a model, options and formats; nothing is read but headers and configuration.
+
+    Raises PlanError, SchemeError or FormatError for what cannot be carried out.
+    """
+    whole = any(fmt.whole_model for fmt in formats)
+    base = formats[0].scheme or base
+    selection = Selection(
+        base=base,
+        layer_config=parse_layer_config(options.layer_config),
+        ignore_layers=parse_ignore(options.ignore_layers),
+    )
+    body = subject.anatomy
+    default = body.in_blocks()
+    if options.quant_lm_head:
+        if body.head is None:
+            raise PlanError("quant_lm_head: this model has no output head")
+        default.append(body.head)
+    if whole:
+        outside = [body.embedding, None if body.tied else body.head]
+        default += [name for name in outside if name is not None and name not in default]
+    plan = make_plan(body.shapes(), selection, preset, default=default, fused=body.fused())
+    for fmt in formats:
+        plan = fmt.adapt(plan, subject.files.config)
+    for name in plan.quantized():
+        _check_spec(name, plan[name])
+    for fmt in formats:
+        plan = fmt.resolve(plan).check(plan)
+    if not plan.quantized() and base.weight is not None:
+        raise PlanError(
+            f"no layer is left to quantize: {'; '.join(sorted(set(plan.why.values()))) or 'no layer found'}"
+        )
+    if body.tied and body.head in plan.quantized():
+        plan = plan.noted(f"{body.head} is tied to the embedding: untied, since it is to be quantized")
+    plan = plan.noted(*body.notes, *(() if whole else _mixed(plan)))
+    for note in plan.notes:
+        logger.warning(note)
+    check_sources(subject, plan)
+    return plan
+
+
+def weights_alone(options: Options, base: Scheme) -> bool:
+    """Whether weights are all that this job will look at, whatever data there is."""
+    numbers = options.numbers()
+    plain = options.model_free or (numbers.iters == 0 and numbers.disable_opt_rtn)
+    given = schemes_of(parse_layer_config(options.layer_config), base, preset).values()
+    acts = [scheme.act for scheme in (base, *given) if scheme.act is not None]
+    if any(codec_of(act).needs_range(act) for act in acts):
+        return False
+    return plain and not options.disable_model_free
+
+
+def _check_spec(name: str, scheme: Scheme) -> None:
+    """Raise SchemeError, naming the layer, when its data type cannot do its settings."""
+    try:
+        _check_codecs(scheme)
+    except SchemeError as error:
+        raise SchemeError(f"{name}: {error}") from error
+
+
+def _check_codecs(scheme: Scheme) -> None:
+    if scheme.weight is not None:
+        codec_of(scheme.weight)
+    if scheme.act is not None:
+        codec_of(scheme.act)
+
+
+def _mixed(plan: Plan) -> Iterator[str]:
+    """One remark per kind of fused set whose layers differ, with the number of blocks it is so in."""
+    kinds: Counter[tuple[str, str]] = Counter()
+    for names in plan.mixed_fused_sets():
+        experts = experts_of(names[0])
+        place = names[0].rpartition(".")[0] if experts is None else experts
+        settings = ", ".join(f"{name.rsplit('.', 1)[-1]}: {plan[name]}" for name in names)
+        if experts is not None:
+            counts = Counter(str(plan[name]) for name in names)
+            settings = ", ".join(f"{count} layers {scheme}" for scheme, count in counts.items())
+        kinds[re.sub(r"\.\d+\.", ".*.", place), settings] += 1
+    for (place, settings), count in kinds.items():
+        yield f"{place} ({count} times): servers merge these layers and refuse different settings ({settings})"

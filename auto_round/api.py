@@ -37,8 +37,9 @@ from auto_round.options import Options
 from auto_round.outputs import open_writers, writer_for
 from auto_round.planning import base_scheme, formats_for, plan_for, settled
 from auto_round.sources.base import Needs, Source
-from auto_round.sources.blocks import Execution, LiveSource
+from auto_round.sources.blocks import LiveSource
 from auto_round.sources.dataset import Calibration
+from auto_round.sources.live_block import Execution
 from auto_round.sources.tensors import TensorSource
 from auto_round.steps.base import Step
 

@@ -17,8 +17,9 @@ from auto_round.formats.base import parse_formats
 from auto_round.models.anatomy import anatomy
 from auto_round.outputs import open_writers
 from auto_round.sources.base import Needs
-from auto_round.sources.blocks import Execution, LiveSource
+from auto_round.sources.blocks import LiveSource
 from auto_round.sources.dataset import Calibration
+from auto_round.sources.live_block import Execution
 
 SMALL = {"group_size": 32, "seqlen": 32, "batch_size": 2}
 TUNED = {**SMALL, "iters": 3, "nsamples": 6}

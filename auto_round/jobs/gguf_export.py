@@ -21,6 +21,7 @@ from auto_round.core.errors import FormatError, ModelError, OutputError, Verific
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.formats.base import Format, Provenance
+from auto_round.jobs import folders
 from auto_round.models.gguf_metadata import (
     block_count,
     computed_tensors,
@@ -183,7 +184,7 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
 
     def __enter__(self) -> GgufWriter:
         try:
-            self._made_folder = not self.folder.exists()
+            self._made = folders.missing(self.folder)
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging.mkdir(parents=True)
             self._open()
@@ -324,21 +325,24 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
     ) -> None:
         with ExitStack() as cleanup:
             cleanup.callback(self._remove)
+            if kind is not None:
+                return
             try:
-                if kind is None:
-                    for stored in self._target_of:
-                        if stored not in self._hashes:
-                            self._copy(stored)
-                for file in self._files:
-                    file.flush()
-                    if kind is None:
-                        os.fsync(file.fileno())
-                    file.close()
-                if kind is None:
-                    self._verify()
-                    self._publish()
+                self._finish()
             except OSError as failure:
                 raise OutputError(f"output folder {self.folder} cannot be written: {failure}") from failure
+
+    def _finish(self) -> None:
+        """Copy what was not quantized, and publish files that were synced and read back."""
+        for stored in self._target_of:
+            if stored not in self._hashes:
+                self._copy(stored)
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        self._verify()
+        self._publish()
 
     def _verify(self) -> None:
         """Open the files as any reader would and compare every tensor with what was handed in."""
@@ -368,8 +372,7 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
         for file in self._files:
             file.close()
         shutil.rmtree(self._staging, ignore_errors=True)
-        if self._made_folder and self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        folders.remove_empty(self._made)
 
 
 def add(writer: Any, key: str, value: Any) -> None:

@@ -19,7 +19,8 @@ from auto_round.core.quantized import Quantized
 from auto_round.jobs.quantize import quantize
 from auto_round.models.memory import Tally, give_back, resident_memory
 from auto_round.sources.base import Block, Needs, Source
-from auto_round.sources.blocks import LiveBlock, LiveSource
+from auto_round.sources.blocks import LiveSource
+from auto_round.sources.live_block import LiveBlock
 from auto_round.steps.base import Step
 
 SAMPLES = 4  # of a rehearsal: enough for two at a time to be tuned on, and one held out

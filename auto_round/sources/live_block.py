@@ -1,0 +1,259 @@
+"""A block of a live model: its inputs on two chains, its targets, and running it with other weights.
+
+The float chain gives every block's target; the quantized chain is what really arrives at a block once those before it
+are quantized, and what it is tuned on. Blocks run in float32 (matrix products in bfloat16 where the processor has it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from auto_round.core.quantized import Knobs
+from auto_round.core.scheme import TensorSpec
+from auto_round.models.anatomy import Layer, parameters_for
+from auto_round.models.capture import Calls
+from auto_round.models.device import elsewhere
+from auto_round.models.experts import Experts
+from auto_round.sources.activations import InputGrid, Limits, quantized_inputs
+from auto_round.sources.base import Block
+from auto_round.sources.expert_inputs import BlockExperts, quantized_expert_inputs
+from auto_round.sources.rows import FileRows, MemoryRows, Rows
+
+GRAM_MOST = 8192  # a Gram matrix of that many channels takes 256 MB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """How blocks are run. amp: dtype of matrix products, or None for float32 throughout.
+
+    tune_outside: whether layers after the blocks can be run too; if not, only their inputs' statistics are known.
+    activations, layers: as in `core.placement`. scratch: folder for hidden states in files.
+    """
+
+    device: torch.device
+    batch_size: int = 8
+    quantized_inputs: bool = True
+    amp: torch.dtype | None = None
+    tune_outside: bool = True
+    activations: str = "memory"
+    scratch: Path | None = None
+    layers: Mapping[str, str] = field(default_factory=dict)
+
+    def rows(self, shape: tuple[int, ...]) -> Rows:
+        """Room for hidden states of `shape`, where they are to be kept."""
+        if self.activations == "file":
+            return FileRows(shape, self.scratch)
+        on_device = self.activations == "device"
+        return MemoryRows(shape, self.device if on_device else "cpu", pinned=self.activations == "pinned")
+
+    def autocast(self) -> torch.autocast:
+        """The context in which blocks compute."""
+        return torch.autocast(
+            self.device.type, dtype=self.amp or torch.bfloat16, enabled=self.amp is not None
+        )
+
+
+@dataclass(slots=True)
+class Chain:
+    """Hidden states on their way through the blocks; `quantized` may be `plain` itself."""
+
+    plain: Rows
+    quantized: Rows
+
+
+class LiveBlock(Block):
+    """A block that is a module of a live model."""
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        layers: Mapping[str, Layer],
+        execution: Execution,
+        experts: Iterable[Experts] = (),
+    ) -> None:
+        self.name, self.module, self._layers, self._execution = name, module, layers, execution
+        self._experts = tuple(experts)
+        self._dtypes = {key: tensor.dtype for key, tensor in module.state_dict().items()}
+        self._home = next(module.parameters()).device
+        module.to(execution.device)
+        self._moves = [
+            hook
+            for n in layers
+            if n in execution.layers and layers[n].piece is None
+            for hook in elsewhere(
+                module.get_submodule(self._inside(n)), torch.device(execution.layers[n]), execution.device
+            )
+        ]
+        self.weights = {
+            n: layer.matrix(self._parameter(layer.parameter).detach()) for n, layer in layers.items()
+        }
+        self._importance: dict[str, Tensor] = {}
+        self._limits: dict[str, Limits] = {}
+        self._grids: dict[str, InputGrid] = {}
+
+    def attach(self, chain: Chain, calls: Calls, valid: Tensor | None) -> None:
+        """Give the block its inputs, after which it can be run."""
+        self._chain, self._calls, self._valid = chain, calls, valid
+        self.samples = chain.plain.shape[0]
+        self.module.float()
+
+    def observe(self, *, statistics: bool) -> None:
+        """Run the original block over all samples: its targets, and the second moments of its layers' inputs."""
+        plain = [name for name, layer in self._layers.items() if layer.piece is None]
+        seen: list[tuple[Tensor, str]] = []
+        hooks = [self._gather(name, seen) for name in plain] if statistics else []
+        experts = BlockExperts(
+            self._submodule,
+            self._experts if statistics else (),
+            plain if statistics else (),
+            lambda: self.valid(self._rows),
+        )
+        self._targets = self._chain.plain.like()
+        with experts.watching():
+            for rows in self.batches():
+                self._rows = rows
+                seen.clear()
+                self._targets[rows] = self._forward(self._chain.plain, rows, None)
+        for hook in hooks:
+            hook.remove()
+        self.tokens, self.starved = experts.tokens, experts.fed | experts.blind
+        if experts.fed:
+            with experts.watching(starved_only=True):
+                for rows in self.batches():
+                    self._rows = rows
+                    self._forward(self._chain.plain, rows, None)
+        self._importance.update(experts.importance())
+        self._limits.update(experts.limits())
+        for name in experts.blind:
+            self._importance.pop(name, None)
+
+    def _submodule(self, layer: str) -> nn.Module:
+        return self.module.get_submodule(self._inside(layer))
+
+    def _gather(self, layer: str, seen: list[tuple[Tensor, str]]) -> torch.utils.hooks.RemovableHandle:
+        """Add up X'X of the inputs of `layer`; layers that get the very same tensor, `seen` in this pass, share it."""
+
+        def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            for x, other in seen:
+                if x is args[0]:
+                    self._importance[layer], self._limits[layer] = (
+                        self._importance[other],
+                        self._limits[other],
+                    )
+                    return
+            seen.append((args[0], layer))
+            x = args[0].detach().float()
+            valid = self.valid(self._rows)
+            # Padding must not count; a layer whose input has lost the (B, T) shape gets all of it.
+            x = x[valid] if valid is not None and x.shape[:2] == valid.shape else x.flatten(0, -2)
+            self._limits.setdefault(layer, Limits()).add(x)
+            with torch.autocast(x.device.type, enabled=False):
+                if layer not in self._importance:
+                    width = x.shape[1]
+                    self._importance[layer] = x.new_zeros((width, width) if width <= GRAM_MOST else (width,))
+                total = self._importance[layer]
+                total.addmm_(x.t(), x) if total.ndim == 2 else total.add_(x.square().sum(0))
+
+        return self._submodule(layer).register_forward_pre_hook(add)
+
+    def importance(self, layer: str) -> Tensor | None:
+        """Sum of squares of each input channel over all samples."""
+        return self._importance.get(layer)
+
+    def input_limits(self, layer: str, percentile: float = 100.0) -> tuple[Tensor, Tensor] | None:
+        """Of the original block."""
+        return self._limits.get(layer, Limits()).within(percentile)
+
+    def quantize_inputs(self, acts: Mapping[str, tuple[TensorSpec, Knobs]]) -> None:
+        """By hooks on the layers' modules, and in place of fused experts' forward, while the block runs."""
+        super().quantize_inputs(acts)
+        self._grids = {name: InputGrid(*act) for name, act in acts.items()}
+
+    def batches(self) -> Iterator[list[int]]:
+        """All samples, in order, in groups of the batch size."""
+        for start in range(0, self.samples, self._execution.batch_size):
+            yield list(range(start, min(start + self._execution.batch_size, self.samples)))
+
+    def target(self, rows: Sequence[int]) -> Tensor:
+        """Stored by `observe`."""
+        return self._targets[list(rows)].to(self._execution.device)
+
+    def run(self, rows: Sequence[int], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """From the quantized chain's hidden states."""
+        return self._forward(self._chain.quantized, rows, weights)
+
+    def valid(self, rows: Sequence[int]) -> Tensor | None:
+        """Tokens that are no padding."""
+        return None if self._valid is None else self._valid[list(rows)].to(self._execution.device)
+
+    def _forward(self, hidden: Rows, rows: Sequence[int], weights: Mapping[str, Tensor] | None) -> Tensor:
+        device = self._execution.device
+        call = self._calls.batch(rows, device)
+        # The few tokens of a starved expert would speak for all that it may ever get: no gradient comes from them.
+        still = self.starved if len(self.starved) < len(weights or {}) else ()
+        weights = {name: w.detach() if name in still else w for name, w in (weights or {}).items()}
+        replaced = parameters_for(self._layers, weights, self._parameter)
+        parameters = {self._inside(name): value for name, value in replaced.items()}
+
+        def module(*args: object, **kwargs: object) -> object:
+            return (
+                functional_call(self.module, parameters, args, kwargs)
+                if parameters
+                else self.module(*args, **kwargs)
+            )
+
+        with (
+            torch.set_grad_enabled(bool(parameters) and torch.is_grad_enabled()),
+            self._execution.autocast(),
+            self._quantized_inputs(self._grids if parameters else {}),
+        ):
+            return call.run(module, hidden[list(rows)].to(device)).float()
+
+    @contextmanager
+    def _quantized_inputs(self, grids: Mapping[str, InputGrid]) -> Iterator[None]:
+        plain = {name: grid for name, grid in grids.items() if self._layers[name].piece is None}
+        modules = {name: self.module.get_submodule(self._inside(name)) for name in plain}
+        with ExitStack() as stack:
+            stack.enter_context(quantized_inputs(modules, plain))
+            for experts in self._experts:
+                module = self.module.get_submodule(self._inside(experts.path))
+                stack.enter_context(quantized_expert_inputs(module, experts, grids))
+            yield
+
+    @torch.no_grad()
+    def advance(self, replaced: Mapping[str, Tensor], *, quantized: bool) -> None:
+        """Move both chains past this block, whose weights become `replaced`."""
+        if quantized:
+            for rows in self.batches():
+                self._chain.quantized[rows] = self._forward(self._chain.quantized, rows, replaced)
+        self._chain.plain = self._targets
+        if not self._execution.quantized_inputs:
+            self._chain.quantized = self._chain.plain
+
+    def release(self) -> None:
+        """Let all layers run where their weights are."""
+        for hook in self._moves:
+            hook.remove()
+
+    @torch.no_grad()
+    def settle(self, replaced: Mapping[str, Tensor]) -> None:
+        """Leave the module as found, in its own dtypes and place, with the weights `replaced`."""
+        for name, value in parameters_for(self._layers, replaced, self._parameter).items():
+            self._parameter(name).data = value
+        for key, tensor in self.module.state_dict(keep_vars=True).items():
+            tensor.data = tensor.data.to(self._home, self._dtypes[key]).contiguous()
+
+    def _inside(self, name: str) -> str:
+        """Name of a parameter of the model as seen from this block."""
+        return name.removeprefix(f"{self.name}.")
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        return self.module.get_parameter(self._inside(name))

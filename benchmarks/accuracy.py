@@ -78,7 +78,8 @@ def arguments(description: str | None = __doc__, **defaults: object) -> argparse
 
 def run_cell(args: argparse.Namespace, side: str, cell: dict) -> None:
     """Quantize and measure one cell, unless its row is there; RTN and optimised RTN do not depend on the seed."""
-    name, _, python = side.partition("=")
+    name, _, given = side.partition("=")
+    python = os.path.abspath(given)  # the command runs in another folder; links of a venv must stay links
     row = {"side": name, **cell, "nsamples": args.nsamples, "seqlen": args.seqlen, "model": args.model.name}
     if cell["recipe"] == "rtn" and cell["seed"] != args.seeds[0]:
         return

@@ -8,8 +8,7 @@ import json
 import logging
 import os
 import shutil
-import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from auto_round.jobs import folders
 from auto_round.jobs.ledger import LEDGER, Ledger
 from auto_round.jobs.verify import inspect
 from auto_round.models.checkpoint import Checkpoint, TensorInfo
-from auto_round.models.experts import ExpertStore
+from auto_round.models.experts import ExpertStore, FusedTensors
 from auto_round.models.shards import ShardWriter, checksum, raw_bytes
 from auto_round.models.subject import Subject
 
@@ -76,9 +75,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         self._digests: dict[str, tuple[TensorSpec, tuple[int, int], str]] = {}
         self._written: dict[str, dict[str, int]] = {}
         self._ledger, self._kinds, self._copied = ledger, set[object](), set[str]()
-        self._fusing = threading.Lock()
-        self._inside: dict[str, set[str]] = {}  # fused tensor -> plain weights yet to come that lie in it
-        self._fused: dict[str, Tensor] = {}
+        self._fused: FusedTensors | None = None
         self._cache = dict(cache or {})
         scales = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in self._cache.items()}
         self._shards = ShardWriter(self._staging, {**self._infos(), **scales}, max_shard_bytes)
@@ -116,9 +113,9 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
                     self.account.added.append(name)
         if isinstance(store, ExpertStore):
             infos = store.joined(infos)
-            for name in made - set(infos):
-                self._inside.setdefault(store.pieces[name].tensor, set()).add(name)
-        self.account.copied = [name for name in infos if name not in made and name not in self._inside]
+            self._fused = FusedTensors(store, made - infos.keys())
+        filled: Container[str] = self._fused or ()
+        self.account.copied = [name for name in infos if name not in made and name not in filled]
         return infos
 
     def _as_stored(self, layer: str, suffix: str, tensor: Tensor) -> Tensor:
@@ -223,16 +220,10 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         if name in self._shards.infos:
             self._shards.put(name, tensor)
             return
-        store = self.subject.files.store
-        assert isinstance(store, ExpertStore), "only experts lie inside other tensors"
-        piece = store.pieces[name]
-        with self._fusing:
-            if piece.tensor not in self._fused:
-                self._fused[piece.tensor] = store.get(piece.tensor).clone()
-            piece.of(self._fused[piece.tensor]).copy_(tensor)
-            self._inside[piece.tensor].discard(name)
-            if not self._inside[piece.tensor]:
-                self._shards.put(piece.tensor, self._fused.pop(piece.tensor))
+        assert self._fused is not None, "only experts lie inside other tensors"
+        complete = self._fused.put(name, tensor)
+        if complete is not None:
+            self._shards.put(*complete)
 
     def _read_back(self, stored: Checkpoint, name: str) -> Tensor:
         """The tensor called `name` of the written files."""

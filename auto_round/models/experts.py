@@ -6,7 +6,8 @@ matrix is quantized for itself; so each one is a layer here, known by the name t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -245,6 +246,33 @@ class ExpertStore(TensorStore):
                     del found[member]
                 found[tensor] = self.raw.infos[tensor]
         return found
+
+
+class FusedTensors(Container[str]):
+    """Fused tensors of a checkpoint to be, filled with plain matrices as they come. Threads may fill them."""
+
+    def __init__(self, store: ExpertStore, pieces: Iterable[str]) -> None:
+        """pieces: names of the matrices yet to come; what else a tensor holds stays as `store` has it."""
+        self._store, self._lock = store, threading.Lock()
+        self._missing: dict[str, set[str]] = {}
+        self._begun: dict[str, Tensor] = {}
+        for name in pieces:
+            self._missing.setdefault(store.pieces[name].tensor, set()).add(name)
+
+    def __contains__(self, tensor: object) -> bool:
+        return tensor in self._missing
+
+    def put(self, name: str, matrix: Tensor) -> tuple[str, Tensor] | None:
+        """Put in the matrix `name`. Returns name and values of its tensor when that is complete, and forgets it."""
+        piece = self._store.pieces[name]
+        with self._lock:
+            if piece.tensor not in self._begun:
+                self._begun[piece.tensor] = self._store.get(piece.tensor).clone()
+            piece.of(self._begun[piece.tensor]).copy_(matrix)
+            self._missing[piece.tensor].discard(name)
+            if self._missing[piece.tensor]:
+                return None
+            return piece.tensor, self._begun.pop(piece.tensor)
 
 
 def _piece_info(piece: Piece, info: TensorInfo) -> TensorInfo:

@@ -239,7 +239,7 @@ class AutoRound:
 
     def _stream(self, source: TensorSource, passes: Sequence[Pass]) -> None:
         for observer in self.observers:
-            observer.started(passes[0].plan, self._block_count(passes[0].plan))
+            observer.started(passes[0].plan, self._block_count(passes))
         observers = self.observers
         for each in passes:
             writers = [w if isinstance(w, CheckpointWriter) else Locked(w) for w in each.writers]
@@ -250,7 +250,7 @@ class AutoRound:
     def _run(self, source: Source, first: Pass, *others: Pass, journal: Journal | None = None) -> None:
         writers, observers = first.writers, self.observers
         for observer in observers:
-            observer.started(first.plan, self._block_count(first.plan))
+            observer.started(first.plan, self._block_count((first, *others)))
         if journal is not None:
             about = manifest(self.subject(), first.plan, first.steps, source.describe())
             journal.begin(about, resume=self.options.resume)
@@ -260,10 +260,11 @@ class AutoRound:
         with _deterministic() if deterministic else ExitStack():
             quantize(source, first.plan, first.steps, writers, observers, others)
 
-    def _block_count(self, plan: Plan) -> int:
+    def _block_count(self, passes: Sequence[Pass]) -> int:
         """Blocks that the loop goes through; a layer outside them, such as the head, is one of its own."""
         body = self.subject().anatomy
-        outside = [name for name in plan.quantized() if body.layers[name].block is None]
+        wanted = {name for each in passes for name in each.plan.quantized()}
+        outside = [name for name in wanted if body.layers[name].block is None]
         return sum(len(blocks) for blocks in body.block_lists) + len(outside)
 
     def _source(self, steps: Sequence[Step]) -> Source:

@@ -503,3 +503,12 @@ def test_what_is_under_padding_changes_nothing(tmp_path, head):
         made = AutoRound(tiny("llama"), dataset=data, quant_lm_head=head, **{**TUNED, "bits": 2})
         made.quantize_and_save(tmp_path / str(filler))
     assert files_of(tmp_path / "5") == files_of(tmp_path / "200")
+
+
+@pytest.mark.parametrize("formats", ["auto_round", "auto_round,gguf:q4_0"])
+def test_as_many_blocks_are_finished_as_were_announced(formats, tmp_path):
+    tiny("llama", tmp_path / "m")
+    watch, made = Watch(), AutoRound(tmp_path / "m", iters=0, dataset=samples(6), seqlen=16)
+    made.observers.append(watch)
+    made.quantize_and_save(tmp_path / "out", format=formats)
+    assert watch.blocks == len(watch.reports)

@@ -77,25 +77,27 @@ class Show(AbstractContextManager["Show"]):
     def finished(self, result: BlockResult) -> None:
         """One line: the losses before and after, what was kept, the time."""
         self.results.append(result)
-        losses = result.report.losses
-        described = "  ".join(f"{name} {loss:.3e}" for name, loss in losses.items())
-        if losses:
-            described += f"  {result.report.iterations} steps"
-        self.console.print(
-            f"{result.name}: {result.layers} layers  {described}  kept {result.report.kept}  {result.seconds:.1f}s"
-            f"{_experts(result)}",
-            markup=False,
-        )
+        report = result.report
+        parts = [f"{name} {loss:.3g}" for name, loss in report.losses.items()]
+        if report.losses:
+            parts.append(f"{report.iterations} steps")
+        parts += [*_experts(result), f"kept {report.kept}", f"{result.seconds:.1f}s"]
+        self.console.print(f"{result.name}: {'  '.join(parts)}", markup=False)
         self._progress.advance(self._task)
 
     def summary(self, source: Path | None, folders: Sequence[str]) -> Table:
-        """The closing table: one row per checkpoint."""
-        table = Table(title="done", show_lines=False)
-        table.add_column("folder", overflow="fold")
-        for column in ("layers", "weights", "of original", "kept", "time", "peak memory"):
-            table.add_column(column)
-        original = weight_bytes(source) if source is not None else 0
+        """The closing table: one row per checkpoint, and below it what they share."""
         kept = Counter(result.report.kept for result in self.results if result.layers)
+        shared = [
+            ", ".join(f"{name} {count}" for name, count in kept.items()),
+            f"{time.perf_counter() - self._started:.0f} s",
+            f"peak memory {peak_memory() / 1e9:.2f} GB",
+        ]
+        table = Table(title="done", caption=" · ".join(part for part in shared if part), show_lines=False)
+        table.add_column("folder", overflow="fold")
+        for column in ("layers", "weights", "of original"):
+            table.add_column(column, justify="right")
+        original = weight_bytes(source) if source is not None else 0
         for folder in folders:
             size = weight_bytes(Path(folder))
             table.add_row(
@@ -103,17 +105,14 @@ class Show(AbstractContextManager["Show"]):
                 str(len(self.plan.quantized()) if self.plan else 0),
                 f"{size / 1e6:.1f} MB",
                 f"{size / original:.1%}" if original else "-",
-                ", ".join(f"{name} {count}" for name, count in kept.items()),
-                f"{time.perf_counter() - self._started:.0f} s",
-                f"{peak_memory() / 1e9:.2f} GB",
             )
         return table
 
 
-def _experts(result: BlockResult) -> str:
-    """How the calibration tokens are spread over the experts of a block."""
+def _experts(result: BlockResult) -> list[str]:
+    """How the calibration tokens are spread over the experts of a block, if it has any."""
     counts = sorted(result.tokens.values())
     if not counts:
-        return ""
+        return []
     starved = len({name.rpartition(".")[0] for name in result.starved})
-    return f"  tokens per expert {counts[0]} to {counts[-1]}, {starved} of {len(counts)} starved"
+    return [f"tokens per expert {counts[0]} to {counts[-1]}, {starved} of {len(counts)} starved"]

@@ -86,9 +86,8 @@ def quantize(
         replaced, report = made[0]
         source.done(block, replaced)
         seconds = time.perf_counter() - started
-        result = BlockResult(
-            block.name, len(replaced), report, seconds, dict(block.tokens), sorted(block.starved)
-        )
+        layers = len({name for weights, _ in made for name in weights})
+        result = BlockResult(block.name, layers, report, seconds, dict(block.tokens), sorted(block.starved))
         for observer in observers:
             observer.finished(result)
 

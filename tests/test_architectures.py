@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import BLOCKS, KINDS, loaded, logits, samples, tiny, tokens
+from models import BLOCKS, KINDS, VOCAB, loaded, logits, samples, tiny, tokens
 from safetensors.torch import load_file
-from transformers import AutoRoundConfig, GenerationConfig
+from transformers import AutoRoundConfig, BertConfig, BertLMHeadModel, GenerationConfig
 
 from auto_round import AutoRound
 from auto_round.core.errors import DataError, ModelError
@@ -512,3 +512,15 @@ def test_as_many_blocks_are_finished_as_were_announced(formats, tmp_path):
     made.observers.append(watch)
     made.quantize_and_save(tmp_path / "out", format=formats)
     assert watch.blocks == len(watch.reports)
+
+
+@pytest.mark.parametrize("options", [{"iters": 0, "disable_opt_rtn": True}, {"iters": 1}])
+def test_a_tied_bias_that_the_checkpoint_holds_once_is_read_for_both(options, tmp_path):
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    BertLMHeadModel(BertConfig(**sizes, num_attention_heads=2, is_decoder=True)).save_pretrained(
+        tmp_path / "m"
+    )
+    made = AutoRound(tmp_path / "m", **SMALL, dataset=samples(4), **options)
+    made.quantize_and_save(tmp_path / "out", format="auto_round,fake")
+    packed, plain = (loaded(tmp_path / "out" / name) for name in ("auto-round", "fake"))
+    assert_equal_logits(packed, plain, "bert")

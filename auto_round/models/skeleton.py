@@ -81,6 +81,10 @@ def locate(
             names.update(match)
         elif not any(pattern.search(name) for pattern in optional):
             missing.append(name)
+    # Of two tied tensors, biases for example, a checkpoint holds one (transformers >= 5 names the pairs).
+    ties = getattr(tree, "all_tied_weights_keys", None) or {}
+    names.update({name: names[ties[name]] for name in missing if ties.get(name) in names})
+    missing = [name for name in missing if name not in names]
     return Located(store=store, names=names, pieces=pieces, full=_kept_full(tree)), missing
 
 

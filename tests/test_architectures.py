@@ -7,9 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import BLOCKS, KINDS, VOCAB, loaded, logits, samples, tiny, tokens
+from models import BLOCKS, KINDS, VOCAB, loaded, logits, randomize, samples, tiny, tokens
 from safetensors.torch import load_file
-from transformers import AutoRoundConfig, BertConfig, BertLMHeadModel, GenerationConfig
+from transformers import (
+    AutoRoundConfig,
+    BertConfig,
+    BertLMHeadModel,
+    GenerationConfig,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from auto_round import AutoRound
 from auto_round.core.errors import DataError, ModelError
@@ -524,3 +531,25 @@ def test_a_tied_bias_that_the_checkpoint_holds_once_is_read_for_both(options, tm
     made.quantize_and_save(tmp_path / "out", format="auto_round,fake")
     packed, plain = (loaded(tmp_path / "out" / name) for name in ("auto-round", "fake"))
     assert_equal_logits(packed, plain, "bert")
+
+
+@pytest.mark.parametrize("fmt", ["auto_round", "auto_gptq", "auto_awq"])
+def test_readers_are_told_of_the_small_projections_of_state_space_layers(fmt, tmp_path):
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "state_size": 8,
+        "time_step_rank": 32,
+        "num_hidden_layers": 2,
+    }
+    model = MambaForCausalLM(
+        MambaConfig(**sizes, use_cache=False, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    )
+    randomize(model, 0)
+    model.save_pretrained(tmp_path / "m")
+    made = AutoRound(tmp_path / "m", **SMALL, sym=fmt != "auto_awq", iters=0, disable_opt_rtn=True)
+    made.quantize_and_save(tmp_path / "out", format=f"{fmt},fake")
+    asked = {} if fmt == "auto_round" else {"quantization_config": AutoRoundConfig(backend="torch")}
+    packed = loaded(tmp_path / "out" / fmt.replace("_", "-"), **asked)
+    assert {name.rpartition(".")[2] for name in made.plan.quantized()} == {"in_proj", "out_proj"}
+    torch.testing.assert_close(logits(packed), logits(loaded(tmp_path / "out" / "fake")))

@@ -12,7 +12,7 @@ from auto_round.core.layouts import AWQ_BITS, read_awq, write_awq
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import Scheme, TensorSpec
-from auto_round.formats.base import Format, Provenance, indivisible, reject_integer
+from auto_round.formats.base import Format, Provenance, indivisible, reject_integer, unplanned
 
 
 class AutoAWQ(Format):
@@ -66,7 +66,7 @@ class AutoAWQ(Format):
             "quant_method": "awq",
             "version": "gemm",
             "zero_point": base.weight is not None and not base.weight.sym,
-            "modules_to_not_convert": sorted({*left, *provenance.float_layers}),
+            "modules_to_not_convert": sorted({*left, *provenance.float_layers, *unplanned(plan, provenance)}),
             "to_quant_block_names": ",".join(provenance.blocks),
             "provider": "auto-round",
             "autoround_version": provenance.version,

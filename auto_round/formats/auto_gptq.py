@@ -15,7 +15,14 @@ from auto_round.core.layouts import read_gptq, write_gptq
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import Scheme, TensorSpec
-from auto_round.formats.base import Format, Provenance, asymmetric_eight_bits, indivisible, reject_integer
+from auto_round.formats.base import (
+    Format,
+    Provenance,
+    asymmetric_eight_bits,
+    indivisible,
+    reject_integer,
+    unplanned,
+)
 
 BITS = (2, 3, 4, 8)
 
@@ -73,7 +80,8 @@ class AutoGPTQ(Format):
             config["dynamic"] = dynamic
         inside = [name for name in plan if name.startswith(blocks)]
         kept = {_suffix(name, provenance.blocks) for name in inside if plan[name].weight is not None}
-        left = {_suffix(name, provenance.blocks) for name in inside if plan[name].weight is None}
+        floats = [name for name in inside if plan[name].weight is None] + unplanned(plan, provenance)
+        left = {_suffix(name, provenance.blocks) for name in floats}
         if left and not kept & left:
             config["modules_in_block_to_quantize"] = [sorted(kept)]
         return dict(sorted(config.items()))

@@ -206,12 +206,22 @@ def auto_round_config(
     }
     extra = departures(plan, base, provenance.blocks)
     inside = tuple(f"{block}." for block in provenance.blocks)
-    for name in provenance.float_layers:
+    for name in (*provenance.float_layers, *unplanned(plan, provenance)):
         if name.startswith(inside):
             extra[name] = FLOAT.to_flat()
     if extra:
         config["extra_config"] = extra
     return dict(sorted(config.items()))
+
+
+def unplanned(plan: Plan, provenance: Provenance) -> list[str]:
+    """Matrices inside the blocks that neither the plan nor the routers name, and that readers take for quantized.
+
+    The projections of state-space layers are such.
+    """
+    inside = tuple(f"{block}." for block in provenance.blocks)
+    known = {*plan, *provenance.float_layers}
+    return [name for name in provenance.float_tensors if name.startswith(inside) and name not in known]
 
 
 def asymmetric_eight_bits(plan: Plan) -> Iterator[str]:

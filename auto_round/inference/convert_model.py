@@ -25,7 +25,7 @@ from auto_round.inference.plain import dequantized
 from auto_round.models import quirks
 from auto_round.models.anatomy import block_lists, is_matrix, shape_of
 from auto_round.models.expert_modules import separate
-from auto_round.models.experts import find_experts
+from auto_round.models.experts import SavedNames, find_experts
 from auto_round.models.memory import available_memory
 
 logger = logging.getLogger("auto_round")
@@ -185,15 +185,20 @@ def _schemes(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Scheme]:
     base = Scheme.from_flat(flat)
     extra, patterns = _extra_config(config)
     prefixes = _prefixes(model, config)
+    renamed = SavedNames(model).renamed
     found = {}
     for name in _matrices(model):
+        # The configuration may speak of layers as the checkpoint does, or as the module tree does.
+        stored = renamed(f"{name}.weight").removesuffix(".weight")
         settings_of_layer = _layer_settings(name, extra, patterns)
+        if settings_of_layer is None:
+            settings_of_layer = _layer_settings(stored, extra, patterns)
         if settings_of_layer is None and name.endswith(quirks.ROUTER_ENDINGS):
             continue
-        inside = any(name.startswith(f"{prefix}.") for prefix in prefixes)
+        inside = any(n.startswith(f"{prefix}.") for prefix in prefixes for n in (name, stored))
         if not inside and settings_of_layer is None and not (config.get("lm_head") and name == "lm_head"):
             continue
-        if _left_alone(name, inside, config):
+        if _left_alone((name, stored), inside, config):
             continue
         try:
             scheme = Scheme.from_flat(_scheme_part(settings_of_layer or {}), base)
@@ -254,16 +259,18 @@ def _prefixes(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def _left_alone(name: str, inside: bool, config: Mapping[str, Any]) -> bool:
-    """Whether a GPTQ or AWQ configuration keeps the layer `name` in floating point."""
+def _left_alone(names: tuple[str, ...], inside: bool, config: Mapping[str, Any]) -> bool:
+    """Whether a GPTQ or AWQ configuration keeps the layer called `names` in floating point."""
     listed = config.get("modules_in_block_to_quantize")
     if listed and inside:
         endings = [ending for group in listed for ending in ([group] if isinstance(group, str) else group)]
-        if not any(name.endswith(f".{ending}") for ending in endings):
+        if not any(name.endswith(f".{ending}") for ending in endings for name in names):
             return True
     excluded = config.get("modules_to_not_convert") or []
     return any(
-        name == entry or name.endswith(f".{entry}") or f".{entry}." in f".{name}" for entry in excluded
+        name == entry or name.endswith(f".{entry}") or f".{entry}." in f".{name}"
+        for entry in excluded
+        for name in names
     )
 
 

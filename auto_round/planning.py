@@ -20,6 +20,7 @@ from auto_round.options import DEFAULT_SCHEME, Options
 from auto_round.recipes import algorithm_named
 
 logger = logging.getLogger("auto_round")
+MIXED_SCHEME = "W4A16_MIXED"
 
 
 def settled(options: Options) -> Options:
@@ -93,6 +94,7 @@ def plan_for(subject: Subject, options: Options, base: Scheme, formats: Sequence
     selection = Selection(
         base=base,
         layer_config=parse_layer_config(options.layer_config),
+        own=_beside_experts(subject, options, base),
         ignore_layers=parse_ignore(options.ignore_layers),
     )
     body = subject.anatomy
@@ -122,6 +124,16 @@ def plan_for(subject: Subject, options: Options, base: Scheme, formats: Sequence
         logger.warning(note)
     check_sources(subject, plan)
     return plan
+
+
+def _beside_experts(subject: Subject, options: Options, base: Scheme) -> dict[str, Scheme]:
+    """W4A16_MIXED: in a model with experts, the layers that are none, which all tokens go through, have 8 bits."""
+    asked = isinstance(options.scheme, str) and options.scheme.strip().upper() == MIXED_SCHEME
+    layers = subject.anatomy.in_blocks()
+    if not asked or all(experts_of(name) is None for name in layers):
+        return {}
+    others = Scheme.from_flat({"bits": 8}, base)
+    return {name: others for name in layers if experts_of(name) is None}
 
 
 def weights_alone(options: Options, base: Scheme) -> bool:

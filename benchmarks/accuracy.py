@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 SCHEMES = ("W4A16", "W3A16", "W2A16G64", "W2A16G32")
-FLOATS = ("MXFP4", "NVFP4", "MXINT4", "MXFP8", "FP8_STATIC", "FP8_BLOCK", "FPW8A16")
+FLOATS = ("MXFP4", "NVFP4", "MXINT4", "MXFP8", "INT8", "FP8_STATIC", "FP8_BLOCK", "FPW8A16")
 RECIPES = {
     "gptq": ["--iters", "0", "--algorithm", "gptq"],
     "rtn": ["--iters", "0", "--disable_opt_rtn"],
@@ -63,6 +63,7 @@ def arguments(description: str | None = __doc__, **defaults: object) -> argparse
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=8, help="samples per step, the same on every side")
     parser.add_argument("--windows", type=int, default=32, help="evaluation windows of --window tokens")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
@@ -83,7 +84,9 @@ def run_cell(args: argparse.Namespace, side: str, cell: dict) -> None:
     row = {"side": name, **cell, "nsamples": args.nsamples, "seqlen": args.seqlen, "model": args.model.name}
     if cell["recipe"] == "rtn" and cell["seed"] != args.seeds[0]:
         return
-    if any(all(old.get(key) == value for key, value in row.items()) for old in read_rows(args.results)):
+    row |= {"batch": args.batch}
+    known = [{"batch": 8, **old} for old in read_rows(args.results)]  # rows from before it could be chosen
+    if any(all(old.get(key) == value for key, value in row.items()) for old in known):
         return
     with tempfile.TemporaryDirectory() as folder:
         started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -110,7 +113,8 @@ def quantize(args: argparse.Namespace, python: str, cell: dict, out: Path) -> in
         "--dataset",
         str(args.calibration.resolve()),
     ]
-    command += ["--nsamples", str(args.nsamples), "--seqlen", str(args.seqlen), "--batch_size", "8"]
+    command += ["--nsamples", str(args.nsamples), "--seqlen", str(args.seqlen)]
+    command += ["--batch_size", str(args.batch)]
     command += [
         "--seed",
         str(cell["seed"]),

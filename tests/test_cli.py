@@ -192,7 +192,6 @@ LATER = [
     ["--enable_norm_bias_tuning"],
     ["--enable_lfq"],
     ["--enable_torch_compile"],
-    ["--scheme", "W4A16_MIXED"],
 ]
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from auto_round.codecs.base import codec_of, codecs, encode, fake, preset, presets
-from auto_round.core.errors import NotYetError, SchemeError
+from auto_round.core.errors import SchemeError
 from auto_round.core.scheme import TensorSpec
 
 SPECS = [
@@ -238,8 +238,6 @@ def test_every_preset_is_found_in_any_case(name):
 def test_unknown_names_offer_the_nearest():
     with pytest.raises(SchemeError, match="W4A16"):
         preset("W4A61")
-    with pytest.raises(NotYetError, match="not there yet"):
-        preset("W4A16_MIXED")
     with pytest.raises(SchemeError, match="2 to 8 bits, got 9"):
         codec_of(TensorSpec(bits=9))
 

@@ -129,6 +129,27 @@ def test_experts_may_differ_in_their_scheme(name, tmp_path, caplog):
     torch.testing.assert_close(logits(packed), logits(plain), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "gpt-oss"])
+def test_the_mixed_scheme_has_experts_in_4_bits_and_other_layers_in_8(name, tmp_path):
+    tiny(name, tmp_path / "model")
+    job = AutoRound(tmp_path / "model", scheme="W4A16_MIXED", layer_config={"k_proj": {"bits": 3}}, **RTN)
+    job.quantize_and_save(tmp_path / "out", format="auto_round,fake")
+    bits = {layer: job.plan[layer].weight.bits for layer in job.plan.quantized()}
+    experts = expected_layers(name)
+    assert {bits[layer] for layer in experts} == {4}
+    others = {layer: width for layer, width in bits.items() if layer not in experts}
+    assert all(width == (3 if layer.endswith("k_proj") else 8) for layer, width in others.items())
+    packed, plain = loaded(tmp_path / "out" / "auto-round"), loaded(tmp_path / "out" / "fake")
+    torch.testing.assert_close(logits(packed), logits(plain), atol=1e-5, rtol=1e-5)
+
+
+def test_the_mixed_scheme_is_plain_4_bits_in_a_model_without_experts(tmp_path):
+    tiny("llama", tmp_path / "model")
+    AutoRound(tmp_path / "model", scheme="W4A16_MIXED", **RTN).quantize_and_save(tmp_path / "mixed")
+    AutoRound(tmp_path / "model", scheme="W4A16", **RTN).quantize_and_save(tmp_path / "plain")
+    assert files_of(tmp_path / "mixed") == files_of(tmp_path / "plain")
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
 def test_experts_left_in_floating_point_are_stored_as_they_were(name, tmp_path):
     tiny(name, tmp_path / "model")

@@ -247,7 +247,6 @@ def test_a_model_that_only_claims_to_be_quantized_is_refused(model, tmp_path, me
     ("options", "error", "words"),
     [
         ({"scheme": "W4A61"}, SchemeError, ["'W4A61'", "Did you mean 'W4A16'"]),
-        ({"scheme": "W4A16_MIXED"}, NotYetError, ["W4A16_MIXED", "not there yet"]),
         ({"format": "auto_gtpq"}, FormatError, ["'auto_gtpq'", "Did you mean 'auto_gptq'", "Available"]),
         ({"format": ","}, FormatError, ["no format", "Available"]),
         ({"format": "auto_gptq", "group_size": 0}, FormatError, ["_proj", "group size 0", "-1"]),

@@ -9,7 +9,7 @@ from models import samples, tiny
 
 from auto_round import AutoRound, QuantizationScheme
 from auto_round.codecs.base import preset, presets
-from auto_round.core.errors import AutoRoundError, NotYetError, PlanError, SchemeError
+from auto_round.core.errors import AutoRoundError, PlanError, SchemeError
 from auto_round.core.scheme import FLOAT, Scheme, TensorSpec
 from auto_round.core.selection import (
     Selection,
@@ -176,7 +176,6 @@ def test_a_layer_may_be_given_a_preset_an_object_or_settings(value, expected):
         ({"group_size": -2}, SchemeError, ["group_size -2", "-1 (one per row)"]),
         ({"sym": "yes"}, SchemeError, ["sym", "'yes'", "true or false"]),
         ("W4A61", SchemeError, ["'W4A61'", "Did you mean 'W4A16'"]),
-        ("W4A16_MIXED", NotYetError, ["W4A16_MIXED", "not there yet"]),
         ({"group_size": [128, 128, 4]}, SchemeError, ["group_size", "[128, 128, 4]", "[128, 128]"]),
         ({"group_size": [0, 128]}, SchemeError, ["group_size", "[0, 128]", "positive"]),
         ({"act_dynamic": False}, SchemeError, ["act_dynamic=False", "act_bits"]),

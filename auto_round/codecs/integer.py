@@ -74,6 +74,7 @@ class Integer(Codec):
             for bits in range(MIN_BITS, MAX_BITS + 1)
             for group in (64, 32)
         },
+        "W4A16_MIXED": Scheme(weight=TensorSpec(bits=4)),  # of experts; the plan has the others in 8 bits
         **dict.fromkeys(("INT8", "INT8_W8A8"), _with_inputs(8)),
         "INT4": _with_inputs(4),
     }

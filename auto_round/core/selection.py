@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from auto_round.core.errors import NotYetError, PlanError, SchemeError, nearest
 from auto_round.core.plan import Plan
@@ -19,10 +19,11 @@ PresetLookup = Callable[[str], Scheme]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """What the user asked for, layer by layer."""
+    """What the user asked for, layer by layer. own: schemes of single layers in the place of `base`."""
 
     base: Scheme
     layer_config: Mapping[str, Setting]
+    own: Mapping[str, Scheme] = field(default_factory=dict)
     ignore_layers: tuple[str, ...] = ()
 
 
@@ -109,7 +110,7 @@ def make_plan(
     """
     wanted = set(default)
     plan = Plan(
-        {name: selection.base for name in shapes if name in wanted},
+        {name: selection.own.get(name, selection.base) for name in shapes if name in wanted},
         shapes=shapes,
         base=selection.base,
         fused=fused,

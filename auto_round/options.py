@@ -151,10 +151,10 @@ class Options:
         )
 
     def start_of(self, numbers: Recipe) -> str:
-        """The start said, or the best known one for what follows: see `recipes.start`."""
+        """The start said, or the best known one for what follows: see `jobs.starts.start`."""
         if self.algorithm == "sign_round_published" or (numbers.disable_opt_rtn and self.start is None):
             return "none"
-        return self.start or ("gptq" if numbers.iters or self.algorithm == "gptq" else "search")
+        return self.start or ("gptq" if numbers.iters or self.algorithm == "gptq" else "rounding")
 
 
 ALIASES = {

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from auto_round.codecs.base import fake
+from auto_round.codecs.base import codec_of, fake, presets
 from auto_round.core.plan import Plan
 from auto_round.core.scheme import Scheme, TensorSpec
 from auto_round.jobs.starts import start
@@ -108,6 +108,32 @@ def test_each_step_of_the_start_lowers_the_output_error(spec):
         errors.append(sum(((d @ block._gram) * d).sum().item() for d in made.values()))
     assert all(after <= before * 1.001 for before, after in itertools.pairwise(errors)), errors
     assert errors[2] < 0.85 * errors[1] and errors[-1] < 0.75 * errors[1], errors
+
+
+def knobs_after(block, spec, steps):
+    """What `steps` find for the layers of `block`."""
+    knobs, report = {}, BlockReport()
+    for step in steps:
+        knobs = step.block(block, plan_of(block, spec), knobs, report)
+    return knobs
+
+
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_optimised_rtn_makes_up_for_errors_where_the_data_type_asks_for_it(name):
+    spec, block = presets()[name].weight, Linears()
+    if spec is None or name.startswith("GGUF"):  # blocks of 256 do not fit these rows
+        return
+    found = {kind: knobs_after(block, spec, start(kind)) for kind in ("rounding", "search")}
+    error = {}
+    for kind, knobs in found.items():
+        made = [fake(w, spec, knobs[layer]) - w for layer, w in block.weights.items()]
+        error[kind] = sum(((d @ block._gram) * d).sum().item() for d in made)
+    if codec_of(spec).compensates(spec):
+        assert error["rounding"] < 0.95 * error["search"]
+    else:  # the very knobs of the search: no file changes
+        for layer in block.weights:
+            assert found["rounding"][layer].keys() == found["search"][layer].keys()
+            assert all(torch.equal(v, found["search"][layer][k]) for k, v in found["rounding"][layer].items())
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from auto_round.core.errors import NotYetError, SchemeError, nearest
+from auto_round.core.errors import SchemeError, nearest
 from auto_round.core.groups import split
 from auto_round.core.quantized import NEUTRAL, Knob, Knobs, Quantized
 from auto_round.core.registry import discover
@@ -65,6 +65,10 @@ class Codec(ABC):
 
     def holds_grid(self, spec: TensorSpec) -> bool:
         """Whether each row has grids of its own that stay while weights move: `snap` and the next three are there."""
+        return False
+
+    def compensates(self, spec: TensorSpec) -> bool:
+        """Whether optimised RTN should let weights make up for one another's rounding errors too; needs a grid."""
         return False
 
     def load(self, params: Mapping[str, Tensor], spec: TensorSpec) -> dict[str, Tensor]:
@@ -189,9 +193,6 @@ def stored_inputs(act: TensorSpec | None, low: Tensor, high: Tensor) -> Knobs:
     return codec_of(act).input_range(low, high, act)
 
 
-PLANNED = ("W4A16_MIXED",)
-
-
 def presets() -> dict[str, Scheme]:
     """All named schemes that work, BF16 (leave in floating point) included."""
     found = {name: scheme for codec in codecs().values() for name, scheme in codec.presets.items()}
@@ -204,6 +205,4 @@ def preset(name: str) -> Scheme:
     key = name.strip().upper()
     if key in known:
         return known[key]
-    if key in PLANNED:
-        raise NotYetError(f"scheme {name!r} is not there yet. Available: {', '.join(known)}")
     raise SchemeError(f"scheme {name!r} is unknown.{nearest(name, known)} Available: {', '.join(known)}")

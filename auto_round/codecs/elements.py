@@ -48,6 +48,10 @@ class ElementCodec(Codec):
         """In all groups along rows."""
         return isinstance(spec.group, int) and spec.group != 0
 
+    def compensates(self, spec: TensorSpec) -> bool:
+        """Wherever it can: steps grow with the value, so that no scale suits the large ones of a group."""
+        return self.holds_grid(spec)
+
     def snap(self, values: Tensor, spec: TensorSpec, grid: Knobs) -> Tensor:
         """The nearest element, times the scale."""
         scale = self.multiplier(grid)

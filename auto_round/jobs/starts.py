@@ -9,7 +9,13 @@ from auto_round.steps.search import Search
 
 
 def start(kind: str) -> list[Step]:
-    """The steps of the start called "none", "search" (ranges) or "gptq" (codes and scales in turn, twice)."""
+    """The steps of the start called "none", "search" (ranges) or "gptq" (codes and scales in turn, twice).
+
+    "rounding" is for what is not tuned afterwards: ranges, and codes too for the data types that ask for it.
+    """
     if kind == "gptq":
         return [Search(brief=True), Gptq(), Refit(), Gptq(), Refit()]
+    if kind == "rounding":
+        twice = [step for _ in range(2) for step in (Gptq(selective=True), Refit(selective=True))]
+        return [Search(selective=True), *twice]
     return [Search()] if kind == "search" else []

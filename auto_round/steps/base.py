@@ -138,13 +138,19 @@ class Stack:
         }
 
 
-def stacks_of(block: Block, plan: Plan, knobs: Mapping[str, Knobs]) -> list[Stack]:
-    """The layers of `block` that have a Gram matrix, and a codec and groups that can hold a grid."""
+def stacks_of(
+    block: Block, plan: Plan, knobs: Mapping[str, Knobs], *, selective: bool = False
+) -> list[Stack]:
+    """The layers of `block` that have a Gram matrix, and a codec and groups that can hold a grid.
+
+    selective: of these, only the layers whose codec asks for it.
+    """
     alike: dict[tuple[int, TensorSpec], list[str]] = {}
     grams: dict[int, Tensor] = {}
     for name, spec in specs_of(block, plan).items():
-        gram = block.importance(name)
-        if gram is not None and gram.ndim == 2 and codec_of(spec).holds_grid(spec):
+        gram, codec = block.importance(name), codec_of(spec)
+        wanted = codec.compensates(spec) if selective else codec.holds_grid(spec)
+        if gram is not None and gram.ndim == 2 and wanted:
             grams[id(gram)] = gram
             alike.setdefault((id(gram), spec), []).append(name)
     return [

@@ -32,9 +32,11 @@ class Gptq(Step):
     """Rounding offsets of least output error per layer, kept in the rows where they lower it.
 
     sweeps: passes of coordinate descent afterwards, in which each column is rounded anew given all others.
+    selective: only for layers whose codec asks for it.
     """
 
     sweeps: int = 1
+    selective: bool = False
     needs: Needs = Needs.STATISTICS
 
     def block(
@@ -42,7 +44,7 @@ class Gptq(Step):
     ) -> dict[str, Knobs]:
         """`knobs` with offsets for the layers that have a grid and a Gram matrix."""
         found = dict(knobs)
-        for stack in stacks_of(block, plan, knobs):
+        for stack in stacks_of(block, plan, knobs, selective=self.selective):
             stack.offer(rounded_in_order(stack))
             for _ in range(self.sweeps):
                 stack.offer(swept(stack))

@@ -18,8 +18,12 @@ ROWS = 1 << 24  # values of the products that are in memory at once
 
 @dataclass(kw_only=True)
 class Refit(Step):
-    """Scales, in storage dtype, of least output error for the codes at hand; kept in the rows where they lower it."""
+    """Scales, in storage dtype, of least output error for the codes at hand; kept in the rows where they lower it.
 
+    selective: only for layers whose codec asks for it.
+    """
+
+    selective: bool = False
     needs: Needs = Needs.STATISTICS
 
     def block(
@@ -27,7 +31,7 @@ class Refit(Step):
     ) -> dict[str, Knobs]:
         """`knobs` with new scales, and with offsets that keep the codes."""
         found = dict(knobs)
-        for stack in stacks_of(block, plan, knobs):
+        for stack in stacks_of(block, plan, knobs, selective=self.selective):
             factor = best_factors(stack)
             stack.offer(stack.scaled(factor), stack.grid["scale"] * factor)
             found |= stack.knobs()

@@ -17,11 +17,13 @@ class Search(Step):
     """Knobs of least weighted error for every layer; with weights alone when there is no data.
 
     given: importance (I,) by layer from elsewhere, which is then all that counts. brief: leave correlations between
-    inputs to the steps that follow, where the codec can hold its grid for them.
+    inputs to the steps that follow, where the codec can hold its grid for them; selective: where it asks for them.
     """
 
-    def __init__(self, given: Mapping[str, Tensor] | None = None, *, brief: bool = False) -> None:
-        self.given, self.brief = given, brief
+    def __init__(
+        self, given: Mapping[str, Tensor] | None = None, *, brief: bool = False, selective: bool = False
+    ) -> None:
+        self.given, self.brief, self.selective = given, brief, selective
         self.needs = Needs.STATISTICS if given is None else Needs.NOTHING
 
     def block(
@@ -32,7 +34,8 @@ class Search(Step):
         for name, spec in specs_of(block, plan).items():
             before, codec = knobs.get(name, NEUTRAL), codec_of(spec)
             importance = block.importance(name) if self.given is None else self.given.get(name)
-            if self.brief and importance is not None and importance.ndim == 2 and codec.holds_grid(spec):
+            brief = codec.holds_grid(spec) if self.brief else self.selective and codec.compensates(spec)
+            if brief and importance is not None and importance.ndim == 2:
                 importance = importance.diagonal()
             better = codec.search(block.weights[name], spec, importance, before)
             found[name] = {**before, **better}

@@ -16,7 +16,7 @@ PAIRED = (2, 4, 8)
 
 def values_per_cycle(bits: int) -> int:
     """The smallest number of `bits`-wide values that fill whole 32-bit words."""
-    return WORD // math.gcd(bits, WORD)
+    return WORD // math.gcd(bits, WORD)  # 3 bits: 32 codes in 3 words; 4 bits: 8 in one
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -30,22 +30,22 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         raise ValueError(
             f"{codes.shape[0]} codes of {bits} bits do not fill whole words: need a multiple of {cycle}"
         )
+    # One bit stream per row of memory, so that neighbours can be joined where they lie.
     rows = codes.to(torch.uint8).t().contiguous()
     return (_join_pairs if bits in PAIRED else _pack_cycles)(rows, bits).t().contiguous()
 
 
 def _join_pairs(rows: Tensor, bits: int) -> Tensor:
     """(M, N) uint8 to (M, N * bits / 32) int32."""
-    count, rows = (
-        rows.shape[0],
-        rows.reshape(-1),
-    )  # flat, for a view as another dtype needs a last stride of 1
+    # Flat, for a view as another dtype needs a last stride of 1.
+    count, rows = rows.shape[0], rows.reshape(-1)
     while bits < 8:
         pairs = rows.view(torch.int16)
         # The right neighbour, 8 bits up, comes down next to the left one; the rest falls away with the upper byte.
+        # 4 bits: the bytes 03 0A are the int16 0x0A03; shifted, 0x00A0; joined, 0x0AA3, of which a byte keeps A3.
         rows = ((pairs >> (8 - bits)) | pairs).to(torch.uint8)
         bits *= 2
-    return rows.view(torch.int32).reshape(count, -1)
+    return rows.view(torch.int32).reshape(count, -1)  # little-endian: the first byte lies lowest
 
 
 def _pack_cycles(rows: Tensor, bits: int) -> Tensor:
@@ -54,11 +54,12 @@ def _pack_cycles(rows: Tensor, bits: int) -> Tensor:
     grouped = rows.reshape(rows.shape[0], -1, cycle)
     words = torch.zeros(*grouped.shape[:2], cycle * bits // WORD, dtype=torch.int32, device=rows.device)
     for k in range(cycle):
+        # 3 bits: code 10 starts at bit 30, so word 0 ends with two of its bits and word 1 begins with the third.
         word, offset = divmod(k * bits, WORD)
         value = grouped[..., k].to(torch.int32)
         words[..., word] |= value << offset
         if offset + bits > WORD:
-            words[..., word + 1] |= value >> (WORD - offset)
+            words[..., word + 1] |= value >> (WORD - offset)  # what the first word had no room for
     return words.flatten(1)
 
 
@@ -79,6 +80,7 @@ def _split_pairs(rows: Tensor, bits: int) -> Tensor:
         width //= 2
         joined = rows.to(torch.int16)
         low = (1 << width) - 1
+        # 4 bits: A3 is the int16 0x00A3; the shifted copy, 0x0A30, brings A up; the mask 0x0F0F leaves 0x0A03.
         rows = ((joined | (joined << (8 - width))) & (low | low << 8)).view(torch.uint8)
     return rows.reshape(count, -1)
 

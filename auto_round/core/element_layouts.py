@@ -28,9 +28,10 @@ def float8_of(spec: TensorSpec) -> torch.dtype:
 
 def write_elements(q: Quantized) -> dict[str, Tensor]:
     """The tensors of `q`; `weight_scale` is (rows of groups, groups in a row), in the dtype readers expect."""
-    codes = merge(q.codes, q.shape, q.spec.group).contiguous()
+    codes = merge(q.codes, q.shape, q.spec.group).contiguous()  # padding is never stored
     rows = group_rows(q.shape, q.spec.group)
     scale = q.params["scale"].reshape(rows, -1)
+    # compressed-tensors expects E4M3 scales in that dtype, and bytes for E8M0 and E5M3.
     tensors = {"weight_scale": scale.view(torch.float8_e4m3fn) if q.spec.scale_dtype == "e4m3" else scale}
     if q.spec.bits == BYTE:
         tensors["weight"] = codes.view(float8_of(q.spec))
@@ -53,6 +54,7 @@ def read_elements(tensors: Mapping[str, Tensor], spec: TensorSpec, shape: tuple[
     stored = tensors[name].view(torch.uint8).reshape(shape[0], width)
     codes = stored if spec.bits == BYTE else _unpack(stored, spec.bits)
     scale = tensors["weight_scale"]
+    # Bits again: torch compares float8 tensors badly (docs/decisions/0020).
     scale = scale.view(torch.uint8) if spec.scale_dtype == "e4m3" else scale
     params = {"scale": scale.reshape(-1, 1)}
     if spec.scale_dtype == "e4m3":
@@ -64,6 +66,7 @@ def read_elements(tensors: Mapping[str, Tensor], spec: TensorSpec, shape: tuple[
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
     """(O, I) codes to (O, I * bits / 8) bytes."""
+    # Two nibbles fill a byte, so rows need not fill the whole words that `packing` asks for; the bytes are the same.
     if bits == 4:
         return codes[:, 0::2] | (codes[:, 1::2] << 4)
     return packing.pack(codes.t(), bits).t().contiguous().view(torch.uint8)

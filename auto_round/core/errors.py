@@ -39,8 +39,9 @@ class NotYetError(AutoRoundError, NotImplementedError):
 
 def nearest(word: str, known: object, *, count: int = 1) -> str:
     """A hint such as ``Did you mean 'W4A16'?`` for `word` among the iterable `known`, or an empty string."""
-    import difflib
+    import difflib  # needed only where something went wrong
 
+    # Compared in one case, but shown as the user would have to write it.
     names = [str(name) for name in known]  # type: ignore[attr-defined]
     folded = {name.casefold(): name for name in names}
     close = difflib.get_close_matches(word.casefold(), list(folded), n=count, cutoff=0.5)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TINY = 1e-30
+TINY = 1e-30  # a divisor for sums over blocks of zeros: 0 / TINY is 0, and no other sum is near it
 CHUNK = 1 << 16  # values handled at once: what fits the second-level cache with its temporaries
 
 Storage = Callable[[Tensor], Tensor]
@@ -38,6 +38,7 @@ class Moments:
 
     def error(self, scale: Tensor, low: Tensor | float) -> Tensor:
         """Error of scale * q + low."""
+        # Expanded square of scale * q + low - x: six sums stand for all values, whatever the grid.
         return (
             self.wxx
             + scale * (scale * self.wqq - 2 * self.wqx)
@@ -51,13 +52,15 @@ class Moments:
     def line(self, highest: float | None) -> tuple[Tensor, Tensor]:
         """Scale and offset of least error; the offset is at most `highest` when that is given."""
         determinant = self.w * self.wqq - self.wq.square()
+        # Equal levels throughout make it zero, up to the rounding of float32, about 1e-7 of either product.
         solvable = determinant > 1e-7 * self.w * self.wqq
         divisor = torch.where(solvable, determinant, torch.ones_like(determinant))
         scale = (self.w * self.wqx - self.wx * self.wq) / divisor
         low = (self.wqq * self.wx - self.wq * self.wqx) / divisor
         scale = torch.where(solvable, scale, torch.zeros_like(scale))
-        low = torch.where(solvable, low, self.wx / self.w.clamp(min=TINY))
+        low = torch.where(solvable, low, self.wx / self.w.clamp(min=TINY))  # one level for all: the mean
         if highest is not None:
+            # The error is convex, so the best grid below the bound lies on it; only the scale is still free.
             capped = low > highest
             low = low.clamp(max=highest)
             scale = torch.where(capped, self.best_scale(highest), scale)
@@ -69,6 +72,7 @@ class Blocks:
 
     def __init__(self, x: Tensor, weight: Tensor | None) -> None:
         self.x, self.weight = x, weight
+        # Every call writes into these two: a sweep over ranges allocates nothing of the size of `x`.
         self._q, self._p = torch.empty_like(x), torch.empty_like(x)
         wx = x if weight is None else weight * x
         self._wx = wx
@@ -78,6 +82,7 @@ class Blocks:
 
     def levels(self, scale: Tensor, low: Tensor | float, bounds: tuple[int, int]) -> Tensor:
         """The levels nearest to `x` on the grid scale * q + low. The tensor is reused by the next call."""
+        # One division per block, not per value. Blocks of zeros have scale 0 and get level 0, not NaN.
         inverse = torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
         if isinstance(low, Tensor):
             torch.sub(self.x, low, out=self._q).mul_(inverse)
@@ -97,6 +102,7 @@ class Blocks:
 
     def error(self, scale: Tensor, low: Tensor | float, bounds: tuple[int, int]) -> Tensor:
         """Exact error per block of the grid scale * q + low."""
+        # From the values, not from moments: their difference of large sums would hide small errors.
         difference = self.levels(scale, low, bounds).mul_(scale).sub_(self.x)
         if isinstance(low, Tensor):
             difference.add_(low)
@@ -114,7 +120,7 @@ def fit_line(
     """
     bottom, top = blocks.x.amin(0), blocks.x.amax(0)
     if highest is not None:
-        bottom = bottom.clamp(max=highest)
+        bottom = bottom.clamp(max=highest)  # the file has no offset above it
     spread = (top - bottom).clamp(min=0)
     scale, low = spread / (bounds[1] - bounds[0]), bottom
     error = torch.full_like(scale, torch.inf)
@@ -123,6 +129,7 @@ def fit_line(
         nonlocal scale, low, error
         moments = blocks.moments(blocks.levels(start, offset, bounds))
         fitted, moved = moments.line(highest)
+        # For the levels of `start`; the levels nearest to the fitted grid can only be better.
         found = moments.error(fitted, moved)
         better = found < error
         error = torch.where(better, found, error)
@@ -140,6 +147,7 @@ def fit_scale(
 ) -> Tensor:
     """(N,): the scale of least error of the grid scale * q, before any rounding to storage."""
     high, low = blocks.x.amax(0), blocks.x.amin(0)
+    # The value of largest magnitude, with its sign: the scale is negative when a positive one sits at a lower bound.
     extreme = torch.where(high > -low, high, low)
     scale, error = torch.zeros_like(extreme), torch.full_like(extreme, torch.inf)
 
@@ -152,6 +160,7 @@ def fit_scale(
         error, scale = torch.where(better, found, error), torch.where(better, fitted, scale)
 
     for delta in deltas:
+        # Signed levels reach one further down (-8 against 7): the extreme goes there first, then to the upper end.
         offer(extreme / (bounds[0] + delta))
         if both_signs:
             offer(extreme / (bounds[1] - delta))
@@ -219,6 +228,7 @@ def quantize_scales(moments: Moments, scale: Tensor, low: Tensor | float, ladder
     """
     shape = (-1, ladder.blocks)
     scales = scale.view(shape)
+    # The largest sub-scale just fits; the sweep around it trades that one's error for the others'.
     widest = _extreme(scales, ladder.scales)
     offsets = None if ladder.offsets is None or not isinstance(low, Tensor) else -low.view(shape)
     lowest = None if offsets is None else _extreme(offsets, ladder.offsets or (0, 1))
@@ -226,9 +236,10 @@ def quantize_scales(moments: Moments, scale: Tensor, low: Tensor | float, ladder
     error = torch.full_like(widest, torch.inf)
     for dmin, m in _offset_candidates(offsets, lowest, ladder):
         below = 0.0 if m is None else -(dmin.unsqueeze(1) * m).reshape(-1)
+        # The offsets have moved by rounding, and each block's best scale with them.
         wanted = moments.best_scale(below).view(shape)
         for factor in SUPER_FACTORS:
-            d = half(widest * factor)
+            d = half(widest * factor)  # as stored, before integers are made of it
             s = _codes(wanted, d.unsqueeze(1), ladder.scales)
             found = per_super(moments.error((d.unsqueeze(1) * s).reshape(-1), below), ladder)
             if best is None:
@@ -247,14 +258,14 @@ def quantize_scales(moments: Moments, scale: Tensor, low: Tensor | float, ladder
     return best
 
 
-SUPER_FACTORS = (1.0, 0.86, 0.9, 0.94, 0.97, 1.03, 1.07)
+SUPER_FACTORS = (1.0, 0.86, 0.9, 0.94, 0.97, 1.03, 1.07)  # below 1 the largest sub-scales saturate
 
 
 def _offset_candidates(
     offsets: Tensor | None, lowest: Tensor | None, ladder: Ladder
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     if offsets is None or lowest is None:
-        yield torch.zeros(()), None
+        yield torch.zeros(()), None  # dmin of a type without offsets is never read
         return
     assert ladder.offsets is not None, "offsets come with bounds"
     for factor in SUPER_FACTORS:
@@ -279,6 +290,7 @@ def refine(blocks: Blocks, grid: TwoLevel, *, rounds: int) -> TwoLevel:
 def _neighbours(blocks: Blocks, grid: TwoLevel, error: Tensor) -> Tensor:
     ladder = grid.ladder
     d, dmin = (x.repeat_interleave(ladder.blocks) for x in (grid.d, grid.dmin.expand_as(grid.d)))
+    # All moves start from here, not from the best so far: each goes to a direct neighbour.
     s0, m0 = grid.s, grid.m
     moves = [(-1, 0), (1, 0)] if ladder.offsets is None else MOVES
     for ds, dm in moves:
@@ -299,6 +311,7 @@ def _refit_super(blocks: Blocks, grid: TwoLevel, error: Tensor) -> Tensor:
     """Least squares of (d, dmin) for the current integers; kept per super-block where the exact error falls."""
     ladder, moments = grid.ladder, blocks.moments(blocks.levels(grid.scale(), grid.low(), grid.ladder.levels))
     s, m = grid.s, grid.m
+    # Normal equations of x ~ d * (s * q) + dmin * (-m), over all values of a super-block.
     dd, dx = per_super(s * s * moments.wqq, ladder), per_super(s * moments.wqx, ladder)
     if ladder.offsets is None:
         d, dmin = dx / dd.clamp(min=TINY), grid.dmin
@@ -309,7 +322,9 @@ def _refit_super(blocks: Blocks, grid: TwoLevel, error: Tensor) -> Tensor:
         solvable = determinant > 1e-6 * dd * mm
         divisor = torch.where(solvable, determinant, torch.ones_like(determinant))
         d = torch.where(solvable, (mm * dx - dm * mx) / divisor, dx / dd.clamp(min=TINY))
+        # Not negative, as the sub-offsets are not: no block's level 0 lies above zero.
         dmin = torch.where(solvable, (dd * mx - dm * dx) / divisor, grid.dmin).clamp(min=0)
+    # Rounding to float16 may undo what the fit gained, so it is measured afterwards.
     new = TwoLevel(half(d), half(dmin), s, m, ladder)
     found = blocks.error(new.scale(), new.low(), ladder.levels)
     better = per_super(found, ladder) < per_super(error, ladder)

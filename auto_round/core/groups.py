@@ -38,7 +38,7 @@ def group_size(shape: tuple[int, int], group: Group) -> int:
 def groups_per_row(shape: tuple[int, int], group: Group) -> int:
     """Groups in a row of a matrix of `shape` (O, I); 1 also when the whole tensor is one group."""
     if isinstance(group, tuple):
-        return -(-shape[1] // _block(shape, group)[1])
+        return -(-shape[1] // _block(shape, group)[1])  # rounded up
     return 1 if group == 0 else -(-shape[1] // group_size(shape, group))
 
 
@@ -60,7 +60,9 @@ def split(w: Tensor, group: Group) -> Tensor:
     size = group_size(shape, group)
     if isinstance(group, tuple):
         rows, columns = _block(shape, group)
+        # Zeros are in every group's range, so padding never widens one.
         w = torch.nn.functional.pad(w, (0, -shape[1] % columns, 0, -shape[0] % rows))
+        # (rows of blocks, r, blocks in a row, c): the middle two change places, so that a block is contiguous.
         return w.reshape(w.shape[0] // rows, rows, -1, columns).transpose(1, 2).reshape(-1, size)
     if group != 0 and shape[1] % size:
         w = torch.nn.functional.pad(w, (0, -shape[1] % size))

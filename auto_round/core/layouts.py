@@ -40,6 +40,7 @@ def bias_of(q: Quantized) -> Tensor:
 
 def zero_from_bias(scale: Tensor, bias: Tensor) -> Tensor:
     """The inverse of `bias_of`: zero points, uint8."""
+    # Always the zero point that was stored, as 2^bits * eps <= 1 of the dtype (docs/decisions/0030).
     return (-bias.float() / scale.float()).round().to(torch.uint8)
 
 
@@ -55,6 +56,7 @@ def _down(table: Tensor) -> Tensor:
 
 def write_gptq(q: Quantized, *, zero_offset: int) -> dict[str, Tensor]:
     """GPTQ tensors of `q`. `zero_offset` is subtracted from the zero points (1 in the original layout)."""
+    # Transposed without a copy: `pack` turns it back into rows of memory.
     codes = merge(q.codes, q.shape, q.spec.group).t()
     # A zero point of 0 wraps to the largest code, and readers wrap it back.
     zeros = _across((zeros_of(q).to(torch.int16) - zero_offset) & ((1 << q.spec.bits) - 1), q.shape)
@@ -105,6 +107,7 @@ def _pack_awq(codes: Tensor) -> Tensor:
     """(N, O) codes to (N, O / 8) int32."""
     order = torch.tensor(AWQ_NIBBLES, device=codes.device)
     return (
+        # Columns a to h become the word 0xhfdbgeca: even columns in the low half, odd ones in the high half.
         packing.pack(codes.reshape(codes.shape[0], -1, 8)[..., order].flatten(1).t(), AWQ_BITS)
         .t()
         .contiguous()
@@ -113,7 +116,7 @@ def _pack_awq(codes: Tensor) -> Tensor:
 
 def _unpack_awq(words: Tensor) -> Tensor:
     """(N, O / 8) int32 to (N, O) codes."""
-    order = torch.tensor(AWQ_NIBBLES, device=words.device).argsort()
+    order = torch.tensor(AWQ_NIBBLES, device=words.device).argsort()  # the inverse permutation
     codes = packing.unpack(words.t(), AWQ_BITS).t()
     return codes.reshape(codes.shape[0], -1, 8)[..., order].flatten(1)
 
@@ -123,11 +126,13 @@ def _quantized(
 ) -> Quantized:
     params = {"scale": _down(scales)}
     if spec.sym:
+        # On meta only shapes are asked for; there are no zero points to look at.
         if scales.device.type != "meta" and not bool((zeros == middle(spec)).all()):
             raise FormatError(f"a symmetric {spec.bits}-bit layer has zero points other than {middle(spec)}")
     else:
         params["zero"] = _down(zeros)
     padded = split(codes, spec.group)
+    # `split` pads with code 0, which is the lowest value and not zero.
     if spec.group != 0 and shape[1] % padded.shape[1]:
         padded = _pad_with_zero_points(codes, zeros, spec, padded.shape[1])
     return Quantized(spec=spec, shape=shape, codes=padded.contiguous(), params=params)

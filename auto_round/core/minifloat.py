@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 FLOAT32_MANTISSA = 23
-EXPONENT_MASK = 0x7F800000
+EXPONENT_MASK = 0x7F800000  # of float32
 GRAM_SWEEPS = 2
 
 
@@ -46,9 +46,9 @@ class MiniFloat:
 
     def step(self, x: Tensor) -> Tensor:
         """Distance between neighbouring values at `x`, float32: a power of two."""
-        power = (x.view(torch.int32) & EXPONENT_MASK).view(
-            torch.float32
-        )  # 2^floor(log2|x|), 0 for subnormals
+        # 2^floor(log2|x|), 0 for subnormals
+        power = (x.view(torch.int32) & EXPONENT_MASK).view(torch.float32)
+        # Below `least` values lie as far apart as in the lowest binade, above `top` as in the highest.
         return power.clamp_(2.0**self.least, 2.0**self.exponent).mul_(2.0**-self.mantissa)
 
     def near(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
@@ -59,8 +59,8 @@ class MiniFloat:
         """`near` without the limits."""
         if offset is not None:
             x = x + offset * self.step(x)
-        step = self.step(x)
-        return (x / step).round_().mul_(step)
+        step = self.step(x)  # of the sum, which an offset may have moved into the next binade
+        return (x / step).round_().mul_(step)  # exact but for the rounding: steps are powers of two
 
     def saturated(self, x: Tensor) -> Tensor:
         """`x` within the limits."""
@@ -69,9 +69,11 @@ class MiniFloat:
     def encode(self, x: Tensor) -> Tensor:
         """Codes, uint8, of `x` float32 that are values of this format already."""
         size = x.abs()
+        # Fields lie in the order of float32: a normal code is the float's upper bits less a difference of biases.
         base = (self.least - 1 + 127) << self.mantissa
         normal = (size.view(torch.int32) >> (FLOAT32_MANTISSA - self.mantissa)) - base
         code = torch.where(size < 2.0**self.least, (size / self.smallest).to(torch.int32), normal)
+        # The sign bit and not x < 0: -0 keeps its sign, so decoding gives back the very same bits.
         if self.signed:
             code = code | (torch.signbit(x).to(torch.int32) << (self.bits - 1))
         return code.to(torch.uint8)
@@ -89,15 +91,15 @@ class MiniFloat:
 
     def _magnitude(self, code: int) -> float:
         exponent, fraction = code >> self.mantissa, code & ((1 << self.mantissa) - 1)
-        if exponent:
+        if exponent:  # a normal number has a leading one
             fraction += 1 << self.mantissa
         value = math.ldexp(fraction, max(exponent, 1) - 1 + self.least - self.mantissa)
-        return math.nan if value > self.top else value
+        return math.nan if value > self.top else value  # E4M3: 0x7F would be 480
 
 
 @cache
 def _values(element: MiniFloat, device: torch.device) -> Tensor:
-    return torch.tensor(element.values(), device=device)
+    return torch.tensor(element.values(), device=device)  # float32, so that products with scales are too
 
 
 E2M1 = MiniFloat(bits=4, mantissa=1, least=0, top=6.0)
@@ -105,6 +107,7 @@ E2M3 = MiniFloat(bits=6, mantissa=3, least=0, top=7.5)
 E3M2 = MiniFloat(bits=6, mantissa=2, least=-2, top=28.0)
 E4M3 = MiniFloat(bits=8, mantissa=3, least=-6, top=448.0)
 E5M2 = MiniFloat(bits=8, mantissa=2, least=-14, top=57344.0)
+# Exponent 31 holds numbers, as 15 does in E4M3; only the last mantissa of it is NaN.
 UE5M3 = MiniFloat(bits=8, mantissa=3, least=-14, top=114688.0, signed=False)
 INT4 = MiniFloat(bits=4, mantissa=2, least=0, top=1.75)  # sign and magnitude, steps of 1/4: MXINT4
 
@@ -119,9 +122,12 @@ def power_of_two_scale(largest: Tensor, element: MiniFloat, *, up: bool) -> Tens
     """
     if up:
         mantissa, exponent = torch.frexp(largest / element.top)
+        # frexp gives mantissas in [0.5, 1): 0.5 is an exact power of two, which needs no rounding up.
         exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
     else:
+        # frexp and not log2, which rounds up to a whole number just below a power of two.
         exponent = torch.frexp(largest).exponent - 1 - element.exponent
+    # 254 at most: 255 is NaN in E8M0.
     return e8m0_value(torch.where(largest == 0, E8M0_BIAS, exponent + E8M0_BIAS).clamp(0, 2 * E8M0_BIAS))
 
 
@@ -146,7 +152,7 @@ class _Scaled(torch.autograd.Function):
         wanted = element.rounded(x, offset)
         value = element.saturated(wanted)
         inside = wanted == value
-        step = element.step(x) * scale if offset is not None else None
+        step = element.step(x) * scale if offset is not None else None  # d out / d offset
         ctx.save_for_backward(inside, value - x * inside if scale.requires_grad else None, step)
         return value * scale
 
@@ -171,7 +177,7 @@ class Best:
     def __init__(self, groups: Tensor, weight: Tensor | None, element: MiniFloat, start: Tensor) -> None:
         self.groups, self.weight, self.element = groups, weight, element
         self.scale = start
-        self.error = torch.full_like(start, torch.inf)
+        self.error = torch.full_like(start, torch.inf)  # so that `start` is kept whatever its error
         self.offer(start)
 
     def offer(self, scale: Tensor) -> None:
@@ -193,6 +199,7 @@ class Best:
         """
         size, columns = self.groups.shape[1], self.groups.shape[0] // shape[0]
         missing = columns * size - shape[1]
+        # Padding has no input: zero rows and columns leave its errors out of the sum.
         gram = torch.nn.functional.pad(gram, (0, missing, 0, missing))
         weights = self.groups.reshape(shape[0], columns, size)
         scales = self.scale.reshape(shape[0], columns, 1).clone()
@@ -200,6 +207,7 @@ class Best:
         for j in [*range(columns)] * GRAM_SWEEPS:
             here = slice(j * size, (j + 1) * size)
             own, kept, w = gram[here, here], error[:, here], weights[:, j]
+            # A quadratic form: this group's own part, and twice its products with the other groups, which stay.
             outside = error @ gram[:, here] - kept @ own
             lowest = ((kept @ own + 2 * outside) * kept).sum(1, keepdim=True)
             for scale in candidates(scales[:, j]):

@@ -19,6 +19,7 @@ from pathlib import Path
 from auto_round.core.settings import settings
 
 logger = logging.getLogger("auto_round")
+# Infinity must stay a number: searches start from it as the error of "nothing found yet".
 FLAGS = ("-O3", "-ffast-math", "-fno-finite-math-only", "-shared", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
 TIMEOUT = 120  # seconds
@@ -36,7 +37,7 @@ def library(source: Path) -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(_compiled(compiler, source)))
     except subprocess.CalledProcessError as error:
-        reason = error.stderr.strip().splitlines()[:1]
+        reason = error.stderr.strip().splitlines()[:1]  # the first line says it; the rest is context
         logger.info(
             "%s did not compile %s (%s): it runs in torch, several times slower", compiler, source, reason
         )
@@ -47,16 +48,18 @@ def library(source: Path) -> ctypes.CDLL | None:
 
 def _compiled(compiler: str, source: Path) -> Path:
     """The compiled file, made now if the cache has none for this source, compiler and processor."""
+    # On ARM it is -mcpu that chooses instructions and tuning both, as -march does on x86.
     tune = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     command = [compiler, *FLAGS, tune]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    # Whatever changes the machine code changes the name, so a file that is there is never stale.
     parts = (source.read_text(), *command, version, _processor())
     mark = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     target = settings().kernel_cache / f"{source.stem}-{mark}.so"
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # beside it: no rename across file systems
         made = Path(folder) / target.name
         command += [str(source), "-o", str(made), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT)

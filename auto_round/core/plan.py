@@ -27,6 +27,7 @@ class Plan(Mapping[str, Scheme]):
         notes: Iterable[str] = (),
     ) -> None:
         self._schemes = MappingProxyType(dict(schemes))
+        # Copies behind read-only views: whoever made the plan cannot change it afterwards either.
         self.shapes = MappingProxyType({name: shapes[name] for name in schemes})
         self.base = base
         self.fused = tuple(fused)
@@ -50,6 +51,7 @@ class Plan(Mapping[str, Scheme]):
         for name in changes:
             if name not in self:
                 raise PlanError(f"layer {name!r} is not in the plan")
+        # FLOAT stays in the plan: a layer that is left alone keeps its reason, too.
         new = {name: scheme or FLOAT for name, scheme in changes.items()}
         return self._copy(schemes={**self._schemes, **new}, why={**self.why, **dict.fromkeys(new, why)})
 

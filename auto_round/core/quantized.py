@@ -15,7 +15,7 @@ from auto_round.core.scheme import TensorSpec
 Knobs = Mapping[str, Tensor]
 """Small tensors that steer how a weight is quantized; a missing knob is neutral."""
 
-NEUTRAL: Knobs = MappingProxyType({})
+NEUTRAL: Knobs = MappingProxyType({})  # read-only, since it is a default argument everywhere
 INPUT = "input_"
 
 
@@ -60,6 +60,7 @@ class Quantized:
         mine, theirs = self.tensors(), other.tensors()
         if self.spec != other.spec or self.shape != other.shape or mine.keys() != theirs.keys():
             return False
+        # torch.equal alone would call a float16 and a float32 scale of the same value equal.
         return all(mine[k].dtype == theirs[k].dtype and torch.equal(mine[k], theirs[k]) for k in mine)
 
 

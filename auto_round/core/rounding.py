@@ -11,6 +11,7 @@ STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 
 def straight_through(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function(x)` with the gradient of `x`."""
+    # Exact in the forward: rounding goes to zero or stays within a factor of two, where differences have no error.
     return x + (function(x) - x).detach()
 
 
@@ -21,4 +22,5 @@ def cast_to_storage(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def all_finite(x: Tensor) -> bool:
     """Whether `x` has neither NaN nor Inf. One pass over memory where its sum tells."""
+    # A sum of finite float16 values may overflow, so an infinite one proves nothing yet.
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())

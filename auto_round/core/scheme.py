@@ -70,6 +70,7 @@ class Scheme:
 
         Raises SchemeError for an unknown name, an impossible value, or settings that contradict each other.
         """
+        # Configurations in the wild list every setting of a layer outside the blocks, as null where it does not apply.
         given = {key: value for key, value in flat.items() if value is not None}
         for key in given:
             if key not in FLAT_NAMES:
@@ -79,6 +80,7 @@ class Scheme:
         for key in LATER_NAMES:
             if key in given:
                 raise NotYetError(f"{key}={given[key]!r} is not there yet; leave it out")
+        # Both are ways in which checkpoints say that a layer was left alone.
         if _whole("bits", given.get("bits", 0)) >= FLOAT_BITS or given.get("data_type") == "float":
             if _whole("act_bits", given.get("act_bits", FLOAT_BITS)) < FLOAT_BITS:
                 raise SchemeError(
@@ -96,6 +98,7 @@ class Scheme:
             return {"bits": FLOAT_BITS, "data_type": "float"}
         w = self.weight
         flat: dict[str, object] = {"bits": w.bits, "group_size": _flat_group(w.group), "sym": w.sym}
+        # Scales of MX and NVFP4 follow from the word; plain float ones are said only where they are not the usual.
         flat["data_type"] = spell(w.dtype, w.bits, w.variant, w.scale_dtype)
         if w.scale_dtype in STORED_SCALES and w.scale_dtype != scale_dtype_of(w.dtype):
             flat["scale_dtype"] = w.scale_dtype
@@ -144,17 +147,20 @@ def _changes(given: Mapping[str, object], names: Mapping[str, str]) -> dict[str,
     changes = {ours: _checked(key, given[key]) for key, ours in names.items() if key in given}
     if "dtype" in changes:
         word = spelled(changes["dtype"])
+        # "mx_fp4" says the bits, "mx_fp" does not.
         if word.bits and changes.setdefault("bits", word.bits) != word.bits:
             raise SchemeError(
                 f"data type {changes['dtype']!r} has {word.bits} bits, but bits={changes['bits']} is given"
             )
         changes |= {"dtype": word.dtype, "variant": word.variant}
+        # Last and only if missing: a scale_dtype that was given is the user's.
         changes.setdefault("scale_dtype", word.scale_dtype)
     return changes
 
 
 def _act(given: Mapping[str, object], weight: TensorSpec, base: TensorSpec | None) -> TensorSpec | None:
     """The spec of the inputs: what is not said is as for the weights, and the range is found at run time."""
+    # Upstream writes act_data_type "float" where inputs are not quantized: that is no data type.
     changes = _changes({k: v for k, v in given.items() if k != "act_data_type" or v != "float"}, ACT_NAMES)
     if changes.get("bits", 0) >= FLOAT_BITS:
         return None
@@ -163,6 +169,7 @@ def _act(given: Mapping[str, object], weight: TensorSpec, base: TensorSpec | Non
             said = ", ".join(f"{key}={given[key]!r}" for key in ACT_NAMES if key in given)
             raise SchemeError(f"{said}, but inputs are not quantized: give act_bits too, or leave it out")
         return None
+    # Inputs have no blocks of rows: 128 x 128 blocks of weights go with runs of 128 inputs, as in DeepSeek-V3.
     group = weight.group[1] if isinstance(weight.group, tuple) else weight.group
     start = base or replace(weight, group=group)
     spec = replace(start, **changes)
@@ -192,7 +199,7 @@ def _checked(key: str, value: Any) -> Any:
 def _group(key: str, value: Any) -> Group:
     """A number, or a block (rows, columns) given as a list of two or as "128,128"."""
     parts = re.split("[, x]+", value.strip()) if isinstance(value, str) else value
-    if isinstance(parts, (list, tuple)) and len(parts) != 1:
+    if isinstance(parts, (list, tuple)) and len(parts) != 1:  # a list of one is a plain number
         sizes = tuple(_whole(key, part) for part in parts)
         if len(sizes) != 2 or min(sizes) < 1:
             raise SchemeError(
@@ -209,6 +216,7 @@ def _group(key: str, value: Any) -> Group:
 
 def _whole(key: str, value: object) -> int:
     """`value` as a number, or a SchemeError that names `key`."""
+    # True is an int to Python; digits alone let "4" from a command line pass and 4.5 fail.
     if isinstance(value, bool) or not str(value).removeprefix("-").isdigit():
         raise SchemeError(f"{key} must be a whole number, got {value!r}")
     return int(str(value))

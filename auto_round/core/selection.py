@@ -36,7 +36,7 @@ def matches(pattern: str, name: str) -> bool:
     """
     if pattern == name:
         return True
-    if not REGEX_MARKS.search(pattern):
+    if not REGEX_MARKS.search(pattern):  # a dot is no mark: nearly every name has one
         return pattern in name
     expression = re.sub(r"(?<![\\])\.(?![*+?])", r"\\.", pattern)
     # A leading bare star, as in "*.k_proj", is how shells spell "anything".
@@ -68,6 +68,7 @@ def parse_layer_config(text: str | Mapping[str, Setting] | None) -> dict[str, Se
         return {}
     if not isinstance(text, str):
         return dict(text)
+    # As JSON first: quoting the words of what is JSON already would spoil strings with colons or commas.
     for candidate in (text, _quote_bare_words(text)):
         try:
             parsed = json.loads(candidate)
@@ -119,11 +120,12 @@ def make_plan(
     extra: dict[str, Scheme] = {}
     why: dict[str, str] = {}
     unused = set(settings)
-    for exact in (False, True):
+    for exact in (False, True):  # full names in a second round, so that they win
         for key, scheme in settings.items():
             named = [name for name in shapes if _applies(key, name, exact=exact, selectable=wanted)]
             extra.update(dict.fromkeys(named, scheme))
             why.update(dict.fromkeys(named, f"layer_config {key!r}"))
+            # Only a note: the guide's own examples name layers of another model (docs/decisions/0009).
             unused -= {key} if named else set()
     plan = _with_layers(plan, shapes, extra, why)
     for key in sorted(unused):
@@ -175,7 +177,7 @@ def _scheme_of(key: str, value: Setting, base: Scheme, preset: PresetLookup) -> 
 
 
 def _read_setting(key: str, value: Setting, base: Scheme, preset: PresetLookup) -> Scheme:
-    if isinstance(value, Scheme):
+    if isinstance(value, Scheme):  # a plan's own entries can be given back
         return value
     if isinstance(value, str):
         return preset(value)
@@ -185,6 +187,7 @@ def _read_setting(key: str, value: Setting, base: Scheme, preset: PresetLookup) 
         raise PlanError(
             f"layer_config {key!r}: expected a preset name or settings such as {{'bits': 8}}, got {value!r}"
         )
+    # "fixed_by_user" is a mark that upstream leaves in its own results; it says nothing about the layer.
     settings = {k: v for k, v in value.items() if k not in ("scheme", "fixed_by_user")}
     start = preset(str(value["scheme"])) if "scheme" in value else base
     return Scheme.from_flat(settings, start) if settings else start

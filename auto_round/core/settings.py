@@ -30,6 +30,7 @@ def settings() -> Settings:
     """
     return Settings(
         log_level=os.environ.get("AR_LOG_LEVEL", "INFO").upper(),
+        # Only words that mean yes: AR_USE_MODELSCOPE=0 must not be true for being set.
         use_modelscope=os.environ.get("AR_USE_MODELSCOPE", "0").casefold() in ("1", "true", "yes"),
         cache_weights_share=float(os.environ.get("AR_CACHE_WEIGHTS_SHARE", "0.25")),
         cxx=os.environ.get("CXX", ""),

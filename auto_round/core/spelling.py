@@ -17,6 +17,7 @@ class Word(NamedTuple):
     scale_dtype: str = "float16"
 
 
+# The keys are codecs; no scale_dtype is stored in a configuration where it is the one that stands here.
 FAMILIES = {"int": "float16", "mx_fp": "e8m0", "mx_int": "e8m0", "nv_fp": "e4m3", "fp": "bfloat16"}
 """Codec -> dtype of its scales when nothing else is said. FP8 readers keep scales in bfloat16: made in it already."""
 E5M3 = "nvfp4_v2"  # upstream's word for FP4 with scales in E5M3
@@ -39,6 +40,7 @@ def spelled(text: str) -> Word:
     if found is None:
         return Word(word)
     family, bits, element, rounding = found.groups()
+    # "mxfp4" and "mx_fp4" are the same word.
     dtype = family if "_" in family else family.replace("mx", "mx_").replace("nv", "nv_")
     tokens = ["" if element in USUAL_ELEMENTS else element, rounding]
     return Word(dtype, int(bits or 0), "_".join(token for token in tokens if token), FAMILIES[dtype])
@@ -58,6 +60,7 @@ def spell(dtype: str, bits: int, variant: str, scale_dtype: str) -> str:
 def scale_dtype_of(dtype: str, given: str | None = None, *, run_time: bool = False) -> str:
     """Dtype of the scales of codec `dtype`. Float scales that are made at run time are not stored: float32."""
     usual = given or FAMILIES.get(dtype, "float16")
+    # E8M0 and E4M3 scales are part of the number format, so inputs have them at run time as well.
     stored_as_float = FAMILIES.get(dtype, "float16") in ("float16", "bfloat16")
     if run_time:
         return "float32" if stored_as_float else usual

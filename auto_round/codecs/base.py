@@ -104,6 +104,7 @@ class Codec(ABC):
 
     def cost(self, spec: TensorSpec, shape: tuple[int, int]) -> float:
         """Bits per weight with everything that is stored for a matrix of `shape` (O, I)."""
+        # What is stored follows from shapes alone, so there is no table of overheads to keep true.
         meta = torch.empty(shape, device="meta")
         stored = self.quantize(meta, spec)
         overhead = sum(t.numel() * t.element_size() * 8 for t in stored.params.values())
@@ -118,10 +119,12 @@ def group_weights(importance: Tensor | None, shape: tuple[int, int], group: Grou
     """
     if importance is None:
         return None
+    # Of the live channels only: dead ones would pull their own substitute towards zero.
     floor = importance[importance > 0].mean() if bool((importance > 0).any()) else torch.ones(())
     weights = torch.where(importance > 0, importance, floor.to(importance.dtype)).float()
     grouped = split(weights.expand(shape), group)
     dead = split((importance <= 0).float().expand(shape), group).mean(1, keepdim=True) > 0.5
+    # Weights of 1 make it a plain least-squares fit: better than one ruled by the few channels that were seen.
     return torch.where(dead, torch.ones_like(grouped), grouped)
 
 
@@ -150,8 +153,9 @@ CHUNK = 1 << 18
 def encode(w: Tensor, spec: TensorSpec, knobs: Knobs = NEUTRAL) -> Quantized:
     """`Codec.quantize` of `w` (O, I), on the CPU a few rows at a time; the codes are the same."""
     codec = codec_of(spec)
+    # An accelerator has no such cache to stay in, and would be kept waiting by many small launches.
     unit = codec.row_unit(spec) if w.device.type == "cpu" else None
-    rows = None if unit is None else max(unit, CHUNK // max(1, w.shape[1]) // unit * unit)
+    rows = None if unit is None else max(unit, CHUNK // max(1, w.shape[1]) // unit * unit)  # whole units
     if rows is None or rows >= w.shape[0]:
         return codec.quantize(w, spec, knobs)
     parts = [slice(start, min(start + rows, w.shape[0])) for start in range(0, w.shape[0], rows)]
@@ -165,6 +169,7 @@ def encode(w: Tensor, spec: TensorSpec, knobs: Knobs = NEUTRAL) -> Quantized:
 
 def _rows_of(tensor: Tensor, part: slice, count: int, unit: int) -> Tensor:
     """The entries (per row, or per `unit` rows) for the rows `part` of a matrix of `count` rows."""
+    # Knobs come per row (or per group of a row), except those of blocks of rows, which have fewer entries than rows.
     step = 1 if tensor.shape[0] % count == 0 else unit
     entries = tensor.shape[0] // -(-count // step)
     return tensor[part.start // step * entries : -(-part.stop // step) * entries]
@@ -181,8 +186,10 @@ def fake_inputs(x: Tensor, act: TensorSpec, fixed: Knobs) -> Tensor:
 
     `fixed`: what was calibrated; empty when all is found at run time.
     """
+    # In float32: scales that are found at run time are not rounded to the model's dtype.
     flat = x.detach().float().reshape(-1, x.shape[-1])
     found = codec_of(act).tuner(flat, act, fixed)(NEUTRAL).reshape(x.shape).to(x.dtype)
+    # The difference is zero, so the value is `found` exactly and the gradient is that of `x`.
     return found + (x - x.detach()) if x.requires_grad else found
 
 

@@ -37,7 +37,7 @@ class BlockCodec(Codec):
     mixtures: ClassVar[tuple[str, ...]] = ()  # presets beside that of the type's own name
 
     def __init_subclass__(cls) -> None:
-        if "name" in vars(cls):
+        if "name" in vars(cls):  # what types share has no name of its own, and no preset
             names = cls.mixtures or (cls.name.upper(),)
             cls.presets = {f"GGUF:{name}": Scheme(weight=cls.spec()) for name in names}
 
@@ -99,7 +99,7 @@ class BlockCodec(Codec):
         reason = self.rejects_row(w.shape[1])
         if reason:
             raise SchemeError(f"{self.name}: {reason}")
-        groups = w.float().reshape(-1, self.group)
+        groups = w.float().reshape(-1, self.group)  # rows are whole blocks: nothing to pad
         params = self.moved(self._given(knobs) or self.start(groups), knobs)
         step, low = self.grid(params)
         level = _ratio(groups, step, low, knobs.get("round")).round_().clamp_(*self.levels)
@@ -154,6 +154,7 @@ class BlockCodec(Codec):
         found, weight = [], None
         for rows in row_chunks((w.shape[0], w.shape[1])):
             x = w[rows].float().reshape(-1, self.group).t().contiguous()
+            # The last run may be shorter.
             if diagonal is not None and (weight is None or weight.shape != x.shape):
                 weight = alive(diagonal).expand(len(w[rows]), -1).reshape(-1, self.group).t().contiguous()
             found.append(self.fit(x, weight))
@@ -170,7 +171,8 @@ class BlockCodec(Codec):
         outputs, named = self.results(w.numel() // self.group)
 
         def run(part: slice) -> None:
-            x = w[part].float().contiguous()
+            x = w[part].float().contiguous()  # kept by this name while C reads it
+            # Each thread writes to its own rows of the shared results: no lock, no joining afterwards.
             pointers = [None if t is None else t[part.start * len(t) // rows :].data_ptr() for t in outputs]
             sizes = (ctypes.c_ssize_t(x.shape[0]), ctypes.c_ssize_t(columns))
             inputs = (ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(weights.data_ptr()))
@@ -179,6 +181,7 @@ class BlockCodec(Codec):
         threads = torch.get_num_threads()
         step = max(1, min(-(-rows // threads), COMPILED_CHUNK // columns))
         parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+        # ctypes releases the interpreter lock for the call, so threads do run at once; `list` raises their errors.
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(run, parts))
         return named
@@ -208,6 +211,7 @@ def alive(importance: Tensor) -> Tensor:
 
 def _ratio(groups: Tensor, step: Tensor, low: Tensor | None, offset: Tensor | None) -> Tensor:
     """Where `groups` (G, K) lie between the levels of their grids."""
+    # ggml multiplies by the reciprocal, and gives blocks of zeros the reciprocal 0.
     inverse = torch.where(step == 0, torch.zeros_like(step), 1 / step)
     ratio = (groups if low is None else groups - low) * inverse
     return ratio if offset is None else ratio + offset

@@ -80,6 +80,7 @@ class ElementCodec(Codec):
         groups, shape = split(w.float(), spec.group), (w.shape[0], w.shape[1])
         grid = self.grid(_largest(groups), spec, knobs)
         element = self.element(spec)
+        # Divided by the scale as stored, which is what a reader multiplies by.
         codes = element.encode(element.near(groups / self.multiplier(grid), knobs.get("round")))
         # Offsets may not write into the padding: it is not stored, and reads back as zero.
         codes = split(merge(codes, shape, spec.group), spec.group)
@@ -115,6 +116,7 @@ class ElementCodec(Codec):
         whole = importance is not None and importance.ndim == 2
         diagonal = importance.diagonal() if importance is not None and whole else importance
         grid = self.grid(_largest(groups), spec, fixed)
+        # A global scale repeated for every group, as `tie` gives it, would not broadcast to columns of groups.
         grid = {key: value if key == "scale" else value[:1] for key, value in grid.items()}
         weight = group_weights(diagonal, shape, spec.group)
         best = Best(groups, weight, self.element(spec), self.multiplier(grid))
@@ -125,6 +127,7 @@ class ElementCodec(Codec):
 
         for scale in near(grid["scale"]):
             best.offer(scale)
+        # Blocks and whole tensors have no columns of groups to descend along, and keep the best by weighted error.
         if importance is not None and whole and isinstance(spec.group, int) and spec.group != 0:
             best.on_gram(shape, importance, lambda multiplier: near(self.unmultiplied(multiplier, grid)))
         return {"scale": self.store({**grid, "scale": self.unmultiplied(best.scale, grid)}, spec)["scale"]}

@@ -15,6 +15,7 @@ from auto_round.core.rounding import STORAGE, cast_to_storage
 from auto_round.core.scheme import Group, Scheme, TensorSpec
 
 ELEMENTS = {"": E4M3, "e5m2": E5M2}
+# A group of zeros is 0, not 0 / 0.
 SMALLEST_SCALE = {"float16": 2.0**-24, "bfloat16": 2.0**-100, "float32": 2.0**-100}
 FACTORS = tuple(2.0 ** (step / 8) for step in range(-3, 9) if step)
 """Ranges tried: a little shrunken, and up to twice as wide, which moves values between the binades of the element."""
@@ -54,6 +55,7 @@ class Float8(ElementCodec):
     def knobs(self, spec: TensorSpec, shape: tuple[int, int]) -> dict[str, Knob]:
         """Offsets to the rounding, and a factor on the range of each group."""
         offset = super().knobs(spec, shape)["round"]
+        # Beyond 1 too: a wider range shifts all values against the element's steps, which may fit them better.
         factor = Knob(shape=(offset.shape[0], 1), neutral=1.0, low=0.5, high=1.5, per_value=False)
         return {"round": offset, "high": factor}
 
@@ -64,6 +66,7 @@ class Float8(ElementCodec):
 
     def grid(self, largest: Tensor, spec: TensorSpec, knobs: Knobs) -> dict[str, Tensor]:
         """{"scale"}."""
+        # The largest value becomes the largest element, 448 for E4M3: nothing saturates unless a factor says so.
         wanted = knobs["scale"].float() if "scale" in knobs else largest / self.element(spec).top
         if "high" in knobs:
             wanted = wanted * knobs["high"]
@@ -71,7 +74,7 @@ class Float8(ElementCodec):
 
     def store(self, grid: Mapping[str, Tensor], spec: TensorSpec) -> dict[str, Tensor]:
         """{"scale"} in storage dtype."""
-        return {"scale": grid["scale"].detach().to(STORAGE[spec.scale_dtype])}
+        return {"scale": grid["scale"].detach().to(STORAGE[spec.scale_dtype])}  # exact: rounded to it already
 
     def load(self, params: Mapping[str, Tensor], spec: TensorSpec) -> dict[str, Tensor]:
         """The inverse of `store`."""

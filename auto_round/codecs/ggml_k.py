@@ -48,7 +48,7 @@ class KQuant(BlockCodec):
 
     def start(self, x: Tensor) -> dict[str, Tensor]:
         """Groups from extreme to extreme, then their scales and offsets rounded against the largest of them."""
-        low, high = x.amin(1).clamp(max=0), x.amax(1)
+        low, high = x.amin(1).clamp(max=0), x.amax(1)  # offsets are stored without a sign: at most 0
         shape = (-1, SUPER // self.group)
         if self.has_low:
             steps = (high - low).clamp(min=0) / self.levels[1]
@@ -68,6 +68,7 @@ class KQuant(BlockCodec):
         else:
             scale = fit_scale(blocks, ladder.levels, deltas=self.deltas, refits=self.refits)
         moments = blocks.moments(blocks.levels(scale, low, ladder.levels))
+        # Rounding the scales changes which levels are nearest, so integers are chosen anew on the stored grid.
         grid = refine(blocks, quantize_scales(moments, scale, low, ladder), rounds=self.rounds)
         shape = (-1, ladder.blocks)
         every = {"scale": grid.d.unsqueeze(1), "sub_scale": grid.s.view(shape)}
@@ -126,6 +127,7 @@ def _rounded(x: Tensor, bounds: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """(super-scale (B, 1) in float16, integers (B, S) within `bounds`) for `x` (B, S)."""
     high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     if bounds[0] < 0:
+        # The extreme goes to the lower bound, which is one further from zero (-32 against 31).
         scale = half(torch.where(high > -low, high, low) / bounds[0])
     else:
         scale = half(high / bounds[1])
@@ -136,6 +138,7 @@ def _rounded(x: Tensor, bounds: tuple[int, int]) -> tuple[Tensor, Tensor]:
 def _crumbs(codes: Tensor) -> Tensor:
     """The low two bits of codes (B, 256), four to a byte: value l of each 32 of a half shares byte l. (B, 64)."""
     quarters = (codes & 3).view(-1, 2, 4, 32)
+    # The bits lie apart, so that the sum is their union.
     return (quarters << _shifts(4, 2).view(1, 1, 4, 1)).sum(2, dtype=BYTE).view(-1, 64)
 
 
@@ -172,6 +175,7 @@ def _shifts(count: int, step: int) -> Tensor:
 
 def _six_bits(s: Tensor, m: Tensor) -> Tensor:
     """Eight pairs of 6-bit numbers in 12 bytes: the first four of each whole, the others in the gaps."""
+    # Byte j: s[j] in six bits, above them the top two of s[j + 4]; bytes 4 to 7 alike for m; then the nibbles.
     first, last = s[:, :4] | ((s[:, 4:] >> 4) << 6), m[:, :4] | ((m[:, 4:] >> 4) << 6)
     return torch.cat([first, last, (s[:, 4:] & 0xF) | ((m[:, 4:] & 0xF) << 4)], 1)
 
@@ -218,7 +222,8 @@ class Q3_K(KQuant):
 
     def packed(self, codes: Tensor, params: Mapping[str, Tensor]) -> list[Tensor]:
         """third bits, low bits, scales, d."""
-        s = (params["sub_scale"] + 32).to(BYTE)
+        s = (params["sub_scale"] + 32).to(BYTE)  # stored without a sign
+        # Byte j: the top two bits of scales j, j + 4, j + 8 and j + 12; before them nibbles of j and j + 8.
         high = ((s >> 4).view(-1, 4, 4) << _shifts(4, 2).view(1, 4, 1)).sum(1, dtype=BYTE)
         scales = torch.cat([(s[:, :8] & 0xF) | ((s[:, 8:] & 0xF) << 4), high], 1)
         return [_bit_planes(codes >> 2), _crumbs(codes), scales, params["scale"]]

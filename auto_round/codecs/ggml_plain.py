@@ -32,6 +32,7 @@ class Plain(BlockCodec):
         low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
         if self.has_low:
             return {"scale": half((high - low) / self.levels[1]), "offset": half(low)}
+        # The lower end reaches one further (-8 against 7), so that is where the extreme goes, with the scale's sign.
         return {"scale": half(torch.where(high > -low, high, low) / self.levels[0])}
 
     def fit(self, x: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
@@ -66,6 +67,7 @@ class Plain(BlockCodec):
         """Parameters, high bits, nibbles (or the signed bytes of q8_0)."""
         parts = [q.params[name].view(torch.uint8) for name in self.stored]
         if self.bits == 5:
+            # Bit i of these four bytes, counted from the first, is the fifth bit of value i.
             weights = (2 ** torch.arange(8)).to(torch.uint8)
             parts.append((((q.codes >> 4) & 1).view(-1, 4, 8) * weights).sum(2, dtype=torch.uint8))
         if self.bits == 8:
@@ -81,7 +83,7 @@ class Plain(BlockCodec):
         params = {
             name: blocks[:, 2 * i : 2 * i + 2].contiguous().view(HALF) for i, name in enumerate(self.stored)
         }
-        rest = blocks[:, 2 * len(params) :]
+        rest = blocks[:, 2 * len(params) :]  # after a float16 per parameter
         if self.bits == 8:
             return Quantized(spec=spec, shape=shape, codes=rest + self.zero, params=params)
         nibbles = rest[:, -16:]

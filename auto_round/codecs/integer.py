@@ -22,15 +22,12 @@ from auto_round.core.rounding import STORAGE, cast_to_storage
 from auto_round.core.scheme import Scheme, TensorSpec
 
 MIN_BITS, MAX_BITS = 2, 8
-SMALLEST_SCALE = {
-    "float16": 2.0**-24,
-    "bfloat16": 2.0**-100,
-    "float32": 2.0**-100,
-}  # float16: smallest subnormal
-SEARCH_STEPS = 33
-REFINE_STEPS = 9
+# 0 / 0 is NaN, so a group of zeros needs a scale: the smallest subnormal of float16, else something far below weights.
+SMALLEST_SCALE = {"float16": 2.0**-24, "bfloat16": 2.0**-100, "float32": 2.0**-100}
+SEARCH_STEPS = 33  # 1/32 apart between 0.3 and 1.3
+REFINE_STEPS = 9  # between the neighbours of the best of those
 REFITS = 3
-LEAST_ZERO = 1
+LEAST_ZERO = 1  # see `_lifted`
 GRAM_SWEEPS, GRAM_STEPS, GRAM_REACH = 2, 13, 0.18
 
 
@@ -49,6 +46,7 @@ def _top(spec: TensorSpec) -> int:
 def _floor(scale: Tensor, spec: TensorSpec) -> Tensor:
     """`scale` with its magnitude raised to the smallest that storage can hold; the sign is kept."""
     least = SMALLEST_SCALE[spec.scale_dtype]
+    # Negative: the largest value is positive.
     return torch.where(scale < 0, scale.clamp(max=-least), scale.clamp(min=least))
 
 
@@ -60,7 +58,7 @@ def _stored(scale: Tensor, spec: TensorSpec) -> Tensor:
 def _with_inputs(bits: int) -> Scheme:
     """Weights with a scale per row, inputs with one per token."""
     spec = TensorSpec(bits=bits, group=-1)
-    return Scheme(weight=spec, act=replace(spec, scale_dtype="float32"))
+    return Scheme(weight=spec, act=replace(spec, scale_dtype="float32"))  # found at run time, never stored
 
 
 class Integer(Codec):
@@ -101,6 +99,7 @@ class Integer(Codec):
 
     def quantize(self, w: Tensor, spec: TensorSpec, knobs: Knobs = NEUTRAL) -> Quantized:
         """uint8 codes (G, K); params scale (G, 1) and, when asymmetric, zero (G, 1) uint8."""
+        # float32: a ratio in bfloat16 has 8 bits, too few to tell which of 256 codes is nearest.
         groups = split(w.float(), spec.group)
         grid = self._grid(groups, spec, knobs)
         codes = _codes(groups, grid, spec, knobs.get("round"))
@@ -120,13 +119,14 @@ class Integer(Codec):
         """Rounding offsets and the two range factors (Eq. 3 of arXiv:2309.05516)."""
         size = group_size(shape, spec.group)
         count = group_count(shape, spec.group)
+        # Ranges only shrink, as in the paper: beyond the extremes there is nothing to cover.
         factor = Knob(shape=(count, 1), neutral=1.0, low=0.0, high=1.0, per_value=False)
         offset = Knob(shape=(count, size), neutral=0.0, low=-0.5, high=0.5, per_value=True)
         return {"round": offset, "low": factor, "high": factor}
 
     def input_range(self, low: Tensor, high: Tensor, spec: TensorSpec) -> Knobs:
         """{"scale"} or {"scale", "zero"}, (1,) each, in storage dtype."""
-        low, high = low.clamp(max=0), high.clamp(min=0)
+        low, high = low.clamp(max=0), high.clamp(min=0)  # zero must have a code
         if spec.sym:
             # One step less than the range of negative codes, so that the largest positive input has a code too.
             scale = _stored(torch.maximum(-low, high) / (middle(spec) - 1), spec)
@@ -203,9 +203,11 @@ ENTRIES = (Integer(),)
 def _range(groups: Tensor, spec: TensorSpec, knobs: Knobs) -> tuple[Tensor, Tensor]:
     """(low, high) ends of each group's range: those of the values, or those of a grid given by the knobs."""
     if "scale" not in knobs:
+        # Zero is always inside: it gets a code of its own, and padding with zeros changes no range.
         return groups.amin(1, keepdim=True).clamp(max=0), groups.amax(1, keepdim=True).clamp(min=0)
     scale = knobs["scale"].float()
     if spec.sym:
+        # A power of two times the scale, which `_grid` divides out again without rounding.
         extreme = -middle(spec) * scale
         return extreme.clamp(max=0), extreme.clamp(min=0)
     return -knobs["zero"].float() * scale, (_top(spec) - knobs["zero"].float()) * scale
@@ -214,7 +216,7 @@ def _range(groups: Tensor, spec: TensorSpec, knobs: Knobs) -> tuple[Tensor, Tens
 def _grid(low: Tensor, high: Tensor, spec: TensorSpec) -> Grid:
     """The grid that spans [low, high]. Differentiable by straight-through rounding."""
     if spec.sym:
-        extreme = torch.where(-low > high, low, high)
+        extreme = torch.where(-low > high, low, high)  # a tie goes to the high end, as in AutoRound
         return Grid(_stored(-extreme / middle(spec), spec), float(middle(spec)))
     low = _lifted(low, high, spec)
     scale = _stored((high - low) / _top(spec), spec)
@@ -282,6 +284,7 @@ class _Fake(torch.autograd.Function):
         if not (ctx.has[1] or ctx.has[2]):
             return None, None, None, d_offset, None, None, None
         d_scale = (grad * slope).sum(1, keepdim=True)
+        # A scale held at the smallest one does not follow its range, so no gradient goes there.
         floored = scale.abs() <= SMALLEST_SCALE[ctx.spec.scale_dtype]
         if ctx.spec.sym:
             at_low = -lo > hi
@@ -302,6 +305,7 @@ class _Best:
 
     def __init__(self, groups: Tensor, weight: Tensor | None, spec: TensorSpec) -> None:
         self.groups, self.weight, self.spec = groups, weight, spec
+        # Infinite, so that the first offer is taken everywhere.
         self.error = torch.full((groups.shape[0], 1), torch.inf, device=groups.device)
         self.scale = torch.zeros_like(self.error)
         self.zero = torch.zeros_like(self.error)
@@ -329,6 +333,7 @@ class _Best:
             level = _codes(self.groups, Grid(self.scale, zero), self.spec, None).sub_(zero)
             power = (weight * level.square()).sum(1, keepdim=True)
             scale = (weight * level * self.groups).sum(1, keepdim=True) / power.clamp(min=1e-30)
+            # Where every code is the zero point, any scale fits as well: the old one stays.
             usable = (power > 0) & (scale != 0)
             self.offer(Grid(_stored(torch.where(usable, scale, self.scale), self.spec), zero))
 
@@ -348,6 +353,7 @@ def _refine_on_gram(best: _Best, shape: tuple[int, int], gram: Tensor) -> None:
     for j in [*range(columns)] * GRAM_SWEEPS:
         here = slice(j * size, (j + 1) * size)
         own = gram[here, here]
+        # What the other groups of each row contribute to the gradient at this one; they stay while it moves.
         outside = error @ gram[:, here] - error[:, here] @ own
 
         def cost(difference: Tensor, own: Tensor = own, outside: Tensor = outside) -> Tensor:
@@ -355,11 +361,12 @@ def _refine_on_gram(best: _Best, shape: tuple[int, int], gram: Tensor) -> None:
 
         scale, kept = scales[:, j], error[:, here]
         lowest = cost(kept)
-        level = (kept + weights[:, j]) / scale
+        level = (kept + weights[:, j]) / scale  # the codes less their zero point, as floats
         power = ((level @ own) * level).sum(1, keepdim=True).clamp(min=1e-30)
         fitted = (((weights[:, j] @ own) - outside) * level).sum(1, keepdim=True) / power
         factors = torch.linspace(1 - GRAM_REACH, 1 + GRAM_REACH, GRAM_STEPS).tolist()
         for candidate in (fitted, *(scale * factor for factor in factors)):
+            # A fitted scale of zero or of the other sign would turn all codes around: the old one stands in for it.
             usable = torch.where(candidate * scale > 0, candidate, scale)
             stored = _stored(usable, best.spec)
             difference = _error(weights[:, j], Grid(stored, zeros[:, j]), best.spec)
@@ -382,12 +389,12 @@ def _sweep_symmetric(best: _Best, low: Tensor, high: Tensor) -> None:
     magnitude = torch.maximum(-low, high)
     positive = high >= -low  # a tie goes to the high end, as in `_grid`
     own = torch.where(positive, magnitude, -magnitude)
-    best.offer(_grid(low, high, best.spec), 1.0)
+    best.offer(_grid(low, high, best.spec), 1.0)  # plain rounding, so that a search is never worse
     for sign in (1.0, -1.0):
         for factor in torch.linspace(0.3, 1.3, SEARCH_STEPS).tolist():
             extreme = own * (sign * factor)
             best.offer(_grid(extreme.clamp(max=0), extreme.clamp(min=0), best.spec), sign * factor)
-    center, step = best.factors[0], 1.0 / (SEARCH_STEPS - 1)
+    center, step = best.factors[0], 1.0 / (SEARCH_STEPS - 1)  # a center for each group
     for shift in torch.linspace(-step, step, REFINE_STEPS).tolist():
         extreme = own * (center + shift)
         best.offer(_grid(extreme.clamp(max=0), extreme.clamp(min=0), best.spec), center + shift)
@@ -396,7 +403,7 @@ def _sweep_symmetric(best: _Best, low: Tensor, high: Tensor) -> None:
 def _sweep_asymmetric(best: _Best, low: Tensor, high: Tensor) -> None:
     """Both ends shrunk independently: a coarse table, then finer steps of each end in turn."""
     coarse = torch.linspace(0.4, 1.1, 8).tolist()
-    best.offer(_grid(low, high, best.spec), 1.0, 1.0)
+    best.offer(_grid(low, high, best.spec), 1.0, 1.0)  # plain rounding first
     for a in coarse:
         for b in coarse:
             best.offer(_grid(low * a, high * b, best.spec), a, b)

@@ -70,11 +70,12 @@ class Microscaling(ElementCodec):
     def grid(self, largest: Tensor, spec: TensorSpec, knobs: Knobs) -> dict[str, Tensor]:
         """{"scale"}: powers of two."""
         if "scale" in knobs:
-            return self.load(knobs, spec)
+            return self.load(knobs, spec)  # as found by a search: there is no range left to look at
         return {"scale": power_of_two_scale(largest, self.element(spec), up=_dialect(spec)[1])}
 
     def storable(self, scale: Tensor, spec: TensorSpec) -> Tensor:
         """The power of two nearest to `scale`, by its logarithm."""
+        # Nearest on a logarithmic axis: a factor of two up or down is the same mistake.
         return e8m0_value((scale.log2().round() + E8M0_BIAS).clamp(0, 2 * E8M0_BIAS).int())
 
     def store(self, grid: Mapping[str, Tensor], spec: TensorSpec) -> dict[str, Tensor]:
@@ -88,7 +89,7 @@ class Microscaling(ElementCodec):
     def candidates(self, grid: Mapping[str, Tensor], spec: TensorSpec) -> list[Tensor]:
         """Neighbouring powers of two."""
         byte = e8m0_byte(grid["scale"]).int()
-        return [e8m0_value((byte + shift).clamp(0, 254)) for shift in SHIFTS]
+        return [e8m0_value((byte + shift).clamp(0, 254)) for shift in SHIFTS]  # 255 is NaN
 
 
 def _dialect(spec: TensorSpec) -> tuple[str, bool]:

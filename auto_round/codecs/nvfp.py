@@ -67,6 +67,7 @@ class NVFloat(ElementCodec):
 
     def row_unit(self, spec: TensorSpec) -> int | None:
         """The global scale is one for all rows."""
+        # A few rows at a time would each find another largest value.
         return 1 if spec.scale_dtype != "e4m3" else None
 
     def knobs(self, spec: TensorSpec, shape: tuple[int, int]) -> dict[str, Knob]:
@@ -79,6 +80,7 @@ class NVFloat(ElementCodec):
         """{"global_scale"}: that of all the weights together, repeated for every group, so that layers stack."""
         if spec.scale_dtype != "e4m3":
             return [NEUTRAL] * len(weights)
+        # The largest value of all: the smallest of their global scales, under which no layer's scales overflow.
         shared = _global_scale(torch.stack([w.abs().amax().float() for w in weights]).amax()).reshape(1, 1)
         counts = [group_count((w.shape[0], w.shape[1]), spec.group) for w in weights]
         return [{"global_scale": shared.repeat(count, 1)} for count in counts]
@@ -101,6 +103,7 @@ class NVFloat(ElementCodec):
         if "scale" in knobs:
             wanted = kind.decode(knobs["scale"])
         else:
+            # Maps the group's largest value to 6, the largest E2M1; the global scale brings it into the range of E4M3.
             wanted = largest / E2M1.top * grid.get("global_scale", 1.0)
         if "high" in knobs:
             wanted = wanted * knobs["high"]
@@ -113,7 +116,7 @@ class NVFloat(ElementCodec):
 
     def unmultiplied(self, multiplier: Tensor, grid: Mapping[str, Tensor]) -> Tensor:
         """multiplier * global_scale, which rounding takes back to the stored value."""
-        if "global_scale" not in grid:
+        if "global_scale" not in grid:  # E5M3 reaches far enough by itself
             return multiplier
         return E4M3.near(multiplier * grid["global_scale"])
 
@@ -137,6 +140,7 @@ class NVFloat(ElementCodec):
         code = kind.encode(grid["scale"]).int()
         largest = int(kind.encode(torch.tensor(kind.top)))
         shifts = [shift for shift in range(-REACH, REACH + 1) if shift]
+        # Codes of positive floats are in the order of their values, so neighbours are one apart; code 0 is zero.
         return [kind.decode((code + shift).clamp(1, largest)) for shift in shifts]
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,11 @@ from auto_round.core.errors import DataError, ModelError
 from auto_round.core.scheme import Scheme
 from auto_round.core.selection import parse_layer_config
 from auto_round.models import load
+from auto_round.models.checkpoint import has_safetensors
 from auto_round.models.device import parse_devices
+from auto_round.models.gguf_folder import unpack
 from auto_round.models.memory import available_memory
-from auto_round.models.skeleton import Skeleton
+from auto_round.models.skeleton import Skeleton, filled
 from auto_round.models.stored import streamed_subject
 from auto_round.models.subject import Subject, check_streamed, open_subject
 from auto_round.options import Options
@@ -46,7 +51,15 @@ class Material:
             self.folder: Path | None = None
         else:
             self.model = None
-            self.folder = load.resolve(str(model), platform=options.platform)
+            self.folder = self._opened(load.resolve(str(model), platform=options.platform))
+
+    def _opened(self, place: Path) -> Path:
+        """`place`, or the folder that a GGUF file is unpacked into: its weights are read where they are."""
+        if not place.is_file():
+            return place
+        folder = tempfile.mkdtemp(prefix="auto_round_gguf_")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return unpack(place, Path(folder))
 
     @property
     def whole(self) -> bool:
@@ -60,7 +73,7 @@ class Material:
 
     def subject(self) -> Subject:
         """The model as files and layers."""
-        streams = self.folder is not None and load.has_safetensors(self.folder) and self._streams()
+        streams = self.folder is not None and load.has_weights(self.folder) and self._streams()
         if self._subject is None and self.folder is not None and streams:
             files = plain.open_folder(self.folder)
             self._subject = streamed_subject(
@@ -72,44 +85,60 @@ class Material:
             if self._subject is not None and not self.options.model_free:
                 check_streamed(files, trust_remote_code=self.options.trust_remote_code)
         if self._subject is None:
-            self._subject = open_subject(
-                self.folder,
-                self.model,
-                self.live_model,
-                tokenizer=self._tokenizer,
-                trust_remote_code=self.options.trust_remote_code,
-                blocks=self.options.to_quant_block_names,
-                named=parse_layer_config(self.options.layer_config),
-                head=self.options.quant_lm_head,
-                embedding=self._whole,
-                dtype=self.options.model_dtype or "auto",
-                opener=plain.open_folder,
-            )
+            self._subject = self._of_tree()
         return self._subject
+
+    def _of_tree(self) -> Subject:
+        """The model by its module tree."""
+        return open_subject(
+            self.folder,
+            self.model,
+            self.live_model,
+            tokenizer=self._tokenizer,
+            trust_remote_code=self.options.trust_remote_code,
+            blocks=self.options.to_quant_block_names,
+            named=parse_layer_config(self.options.layer_config),
+            head=self.options.quant_lm_head,
+            embedding=self._whole,
+            dtype=self.options.model_dtype or "auto",
+            opener=plain.open_folder,
+        )
 
     def _streams(self) -> bool:
         """Whether weights are all that this job will look at, whatever data there is."""
         return self.model is None and weights_alone(self.options, self.base)
 
-    def _is_quantized(self) -> bool:
+    def _is_packed(self) -> bool:
         """Whether the model's own weights are packed: transformers would not load them as plain ones."""
-        return self.folder is not None and "quantization_config" in load.read_config(self.folder)
+        if self.folder is None:
+            return False
+        if "quantization_config" in load.read_config(self.folder):
+            return True
+        return not has_safetensors(self.folder) and load.has_weights(self.folder)
 
     def live_model(self) -> nn.Module:
-        """The model as a whole, loaded when first asked for. Raises ModelError for one that is quantized already."""
+        """The model as a whole, loaded when first asked for; dequantized when its own weights are packed."""
         if self.model is None:
             assert self.folder is not None, "a model or a folder is given"
-            if self._is_quantized():
-                raise ModelError(
-                    f"{self.folder} is quantized already and is read block by block: use quantize_and_save, "
-                    "or give the original model"
-                )
+            if self._is_packed():
+                self.model = self._dequantized()
+                return self.model
             self.model = load.load_model(
                 self.folder,
                 trust_remote_code=self.options.trust_remote_code,
                 dtype=self.options.model_dtype or "auto",
             )
         return self.model
+
+    def _dequantized(self) -> nn.Module:
+        """The module tree, filled from weights that are dequantized as they are read."""
+        subject = self._of_tree()
+        if subject.located is None or subject.tree is None:
+            raise ModelError(
+                f"{self.folder} is quantized already, and its tensors are not those of a model that transformers "
+                "knows: give the original model"
+            )
+        return filled(subject.tree, subject.located)
 
     def runnable(self) -> nn.Module | Skeleton:
         """The model as a whole when there is one or is to be one, else its skeleton."""
@@ -126,7 +155,7 @@ class Material:
         files = self.subject().files
         if self.options.low_cpu_mem_usage is not None:
             return not self.options.low_cpu_mem_usage
-        if self.options.max_ram is not None or self._is_quantized():
+        if self.options.max_ram is not None or self._is_packed():
             return False
         return sum(info.nbytes for info in files.store.infos.values()) <= SMALL_SHARE * available_memory()
 

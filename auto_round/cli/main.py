@@ -75,7 +75,7 @@ def build(recipe: str) -> cyclopts.App:
         machine: Machine = Machine(),  # noqa: B008
         later: Later = Later(),  # noqa: B008
     ) -> None:
-        """Quantize MODEL, a folder or a hub id."""
+        """Quantize MODEL: a folder, a hub id or a GGUF file."""
         later.refuse()
         if model is None:
             raise PlanError(

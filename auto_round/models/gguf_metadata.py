@@ -113,7 +113,7 @@ def computed_tensors(architecture: Architecture, config: Config) -> dict[str, Te
     if not architecture.rotary:
         return {}
     if settings["rope_type"] == "llama3":
-        return {"rope_freqs.weight": _llama3_factors(settings, head_size(config))}
+        return {"rope_freqs.weight": llama3_factors(settings, head_size(config))}
     if settings["rope_type"] == "longrope":
         return {
             f"rope_factors_{length}.weight": torch.tensor(settings[f"{length}_factor"], dtype=torch.float32)
@@ -122,7 +122,7 @@ def computed_tensors(architecture: Architecture, config: Config) -> dict[str, Te
     return {}
 
 
-def _llama3_factors(settings: Mapping[str, Any], size: int) -> Tensor:
+def llama3_factors(settings: Mapping[str, Any], size: int) -> Tensor:
     """Divisors of the rotary frequencies: 1 for short wavelengths, `factor` for long ones, smooth between them."""
     frequency = float(settings["rope_theta"]) ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
     wavelength, context = 2 * math.pi / frequency, settings["original_max_position_embeddings"]

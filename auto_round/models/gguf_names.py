@@ -105,10 +105,34 @@ def _windows_every(period: int) -> Callable[[Config], str | None]:
     return refuse
 
 
+def gemma_scalar(name: str, blocks: int, share: int, size: int) -> int:
+    """What llama.cpp divides the queries of Gemma 2 and 3 by, squared: `size` of a head, or width over heads (`share`).
+
+    No file says it; the largest models, known by their number of blocks, are the exception.
+    """
+    return share if (name, blocks) in (("gemma2", 46), ("gemma3", 62)) else size
+
+
+def _gemma(name: str, period: int) -> Callable[[Config], str | None]:
+    windows = _windows_every(period)
+
+    def refuse(config: Config) -> str | None:
+        share = int(config["hidden_size"]) // heads(config)
+        wanted = gemma_scalar(name, int(config["num_hidden_layers"]), share, int(config["head_dim"]))
+        if config.get("query_pre_attn_scalar", wanted) != wanted:
+            return (
+                f"llama.cpp scales queries by {wanted} here and has no setting for it; query_pre_attn_scalar is "
+                f"{config['query_pre_attn_scalar']}"
+            )
+        return windows(config)
+
+    return refuse
+
+
 LLAMA = Architecture(
     name="llama", orders={"attn_q": _query_rows, "attn_k": _key_rows}, skipped=(".rotary_emb.inv_freq",)
 )
-GEMMA3 = Architecture(name="gemma3", norms_plus_one=True, refuses=_windows_every(6))
+GEMMA3 = Architecture(name="gemma3", norms_plus_one=True, refuses=_gemma("gemma3", 6))
 QKV = {"attn_qkv": _per_head_qkv}
 ARCHITECTURES: Mapping[str, Architecture] = {
     "LlamaForCausalLM": LLAMA,
@@ -119,7 +143,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "Qwen3ForCausalLM": Architecture(name="qwen3"),
     "Qwen3MoeForCausalLM": Architecture(name="qwen3moe"),
     "GemmaForCausalLM": Architecture(name="gemma", norms_plus_one=True),
-    "Gemma2ForCausalLM": Architecture(name="gemma2", norms_plus_one=True, refuses=_windows_every(2)),
+    "Gemma2ForCausalLM": Architecture(name="gemma2", norms_plus_one=True, refuses=_gemma("gemma2", 2)),
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": GEMMA3,
     "Phi3ForCausalLM": Architecture(name="phi3"),

@@ -1,4 +1,4 @@
-"""From a path or a hub id to a local folder, a live model, a skeleton without weights, a tokenizer."""
+"""From a path or a hub id to a local folder or file, a live model, a skeleton without weights, a tokenizer."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from auto_round.core.settings import settings
 from auto_round.models import quirks
 from auto_round.models.checkpoint import Checkpoint, TensorStore, has_safetensors
 from auto_round.models.experts import live_store
+from auto_round.models.gguf_file import SPLIT, gguf_files
+from auto_round.models.gguf_folder import open_store
 
 logger = logging.getLogger("auto_round")
 
@@ -39,9 +41,10 @@ class ModelFiles:
 
 
 def resolve(model: str, *, platform: str = "hf", revision: str | None = None) -> Path:
-    """The local folder of `model`, a path or a hub id, downloaded when need be.
+    """The local folder of `model`, a path or a hub id, downloaded when need be; of a GGUF model the file, or its first.
 
-    Raises ModelError when there is no such folder or hub model, or it has no config.json.
+    A file on the hub is owner/name/file.gguf. Raises ModelError when there is no such folder, file or hub model, or
+    the folder has no config.json.
     """
     if not model.strip():
         raise ModelError(
@@ -49,16 +52,39 @@ def resolve(model: str, *, platform: str = "hf", revision: str | None = None) ->
         )
     folder = Path(model).expanduser()
     if not folder.exists():
+        if model.endswith(".gguf") and model.count("/") > 1 and not model.startswith((".", "/", "~")):
+            return _download_file(model, platform=platform, revision=revision)
         if model.startswith((".", "/", "~")) or model.count("/") != 1:
             raise ModelError(
                 f"model {model!r}: no such folder.{_siblings(folder)} Give a folder or a hub id such as owner/name"
             )
         folder = _download(model, platform=platform, revision=revision)
     if folder.is_file():
-        raise ModelError(f"model {model!r} is a file; give the folder that holds config.json and the weights")
+        if folder.suffix == ".gguf":
+            return folder
+        raise ModelError(
+            f"model {model!r} is a file; give a .gguf file, or the folder that holds config.json and the weights"
+        )
     if not (folder / "config.json").is_file():
-        raise ModelError(f"model {model!r}: the folder has no config.json, so it is no Hugging Face model")
+        alone = gguf_files(folder)
+        if alone:
+            return alone[0]
+        several = sorted(path.name for path in folder.glob("*.gguf"))
+        hint = f"; give the path of one of its GGUF files, such as {several[0]}" if several else ""
+        raise ModelError(
+            f"model {model!r}: the folder has no config.json, so it is no Hugging Face model{hint}"
+        )
     return folder
+
+
+def _download_file(model: str, *, platform: str, revision: str | None) -> Path:
+    """The GGUF file owner/name/file.gguf of the hub, with the other parts of its model."""
+    owner, name, inside = model.split("/", 2)
+    every = SPLIT.sub(r"-*-of-\2.gguf", inside)
+    path = _download(f"{owner}/{name}", platform=platform, revision=revision, only=every) / inside
+    if not path.is_file():
+        raise ModelError(f"model {model!r}: {owner}/{name} on the hub has no file {inside}. Check the name")
+    return path
 
 
 def _siblings(folder: Path) -> str:
@@ -67,13 +93,17 @@ def _siblings(folder: Path) -> str:
     return nearest(folder.name, [path.name for path in folder.parent.iterdir()])
 
 
-def _download(model: str, *, platform: str, revision: str | None) -> Path:
+def _download(model: str, *, platform: str, revision: str | None, only: str | None = None) -> Path:
+    """A snapshot of the hub model, or of the files of it that match `only`."""
+    wanted: dict[str, Any] = {"ignore_patterns": ["*.bin", "*.gguf", "*.h5", "original/*"]}
+    if only is not None:
+        wanted = {"allow_patterns": [only]}
     if platform == "model_scope" or settings().use_modelscope:
         try:
             from modelscope import snapshot_download as modelscope_download
         except ImportError as error:
             raise ModelError(f"model {model!r} from ModelScope needs: pip install modelscope") from error
-        return Path(modelscope_download(model, revision=revision))
+        return Path(modelscope_download(model, revision=revision, **({} if only is None else wanted)))
     if platform != "hf":
         raise ModelError(f"platform {platform!r} is unknown; use 'hf' or 'model_scope'")
     from huggingface_hub import snapshot_download
@@ -81,11 +111,7 @@ def _download(model: str, *, platform: str, revision: str | None) -> Path:
 
     logger.info("fetching %s from the hub", model)
     try:
-        return Path(
-            snapshot_download(
-                model, revision=revision, ignore_patterns=["*.bin", "*.gguf", "*.h5", "original/*"]
-            )
-        )
+        return Path(snapshot_download(model, revision=revision, **wanted))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         first_line = str(error).splitlines()[0]
         raise ModelError(
@@ -107,11 +133,20 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def open_folder(folder: Path) -> ModelFiles:
     """The files of a model folder, weights unread. Raises ModelError for damaged or missing weights."""
-    if not has_safetensors(folder):
+    config: dict[str, Any] = read_config(folder)
+    store: TensorStore | None = None
+    if has_safetensors(folder):
+        store = Checkpoint(folder)
+    elif paths := gguf_files(folder):
+        store = open_store(paths, config, skeleton(folder))
+    if store is None:
         raise ModelError(f"{folder}: no safetensors weights; convert the model with save_pretrained first")
-    return ModelFiles(
-        store=Checkpoint(folder), config=read_config(folder), side_files=side_files(folder), folder=folder
-    )
+    return ModelFiles(store=store, config=config, side_files=side_files(folder), folder=folder)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether `folder` holds weights that can be read tensor by tensor."""
+    return has_safetensors(folder) or bool(gguf_files(folder))
 
 
 def of_live_model(model: nn.Module, tokenizer: Any) -> ModelFiles:
@@ -177,7 +212,8 @@ def skeleton(
 
 def _dtype(folder: Path, config: Any) -> torch.dtype:
     """The dtype that transformers loads a checkpoint in: that of its configuration, else of its first float tensor."""
-    infos = Checkpoint(folder).infos.values() if config.dtype is None else ()
+    missing = config.dtype is None and has_safetensors(folder)
+    infos = Checkpoint(folder).infos.values() if missing else ()
     stored = next((info.dtype for info in infos if info.dtype.is_floating_point), torch.float32)
     return config.dtype or stored
 

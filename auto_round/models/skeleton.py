@@ -122,6 +122,13 @@ def check_missing(missing: Iterable[str], located: Located, tree: nn.Module) -> 
             )
 
 
+def filled(tree: nn.Module, located: Located) -> nn.Module:
+    """`tree`, until now on the meta device, with all its weights."""
+    Skeleton(tree, located, ()).fill("")
+    tree.tie_weights()  # type: ignore[operator]
+    return tree
+
+
 class Resident:
     """A model in memory: nothing has to be brought in, and what is put into it stays."""
 

@@ -145,7 +145,7 @@ def _files_and_tree(
         assert model is not None, "a model or a folder is given"
         return load.of_live_model(model, tokenizer), model
     config = load.read_config(folder)
-    if load.has_safetensors(folder):
+    if load.has_weights(folder):
         tree = (
             load.skeleton(folder, trust_remote_code=trust_remote_code, dtype=dtype)
             if model is None

@@ -20,7 +20,7 @@ _WHERE = {
 
 __all__ = ["__version__", *_WHERE]
 
-register_paths()
+register_paths()  # empty modules only; what is in them is looked up when used
 
 
 def __getattr__(name: str) -> Any:

@@ -123,6 +123,7 @@ class AutoRound:
             )
         formats = self._formats(format)
         for fmt in formats:
+            # Codes are made: a format may no longer change a layer's scheme, only take it or refuse.
             held = fmt.resolve(self.plan).check(self.plan)
             for name in self.plan.quantized():
                 if held[name].weight is None:
@@ -158,8 +159,10 @@ class AutoRound:
             self._scratch = Path(output_dir)
             report = Report()
             self.observers.append(report)
+            # A second call on this object has a report of its own.
             stack.callback(self.observers.remove, report)
             reset_peak()
+            # A journal belongs to one plan; of several types made in one pass it could restore only the first.
             journal = None
             if len(plans) == 1:
                 journal = stack.enter_context(Journal(Path(output_dir), self.plan))
@@ -197,10 +200,11 @@ class AutoRound:
         for fmt in parse_formats(wanted) if wanted else formats().values():
             try:
                 plan = self.make_plan(self._formats(fmt.name))
+                # A writer wants one, and writes nothing before it is opened.
                 with tempfile.TemporaryDirectory() as folder:
                     sizes[fmt.name] = writer_for(self.material, fmt, Path(folder) / "out", plan).file_bytes()
             except AutoRoundError as error:
-                if wanted:
+                if wanted:  # what was asked for by name must work; of all formats some cannot
                     raise
                 sizes[fmt.name] = str(error)
                 continue
@@ -218,6 +222,7 @@ class AutoRound:
     def _formats(self, given: str | None) -> list[Format]:
         """The formats given here, in the options, or by the scheme."""
         formats = formats_for(self.options, self.base, given)
+        # Before the plan: it decides whether embedding and head are layers.
         self.material.whole = any(fmt.whole_model for fmt in formats)
         return formats
 
@@ -254,6 +259,7 @@ class AutoRound:
         if journal is not None:
             about = manifest(self.subject(), first.plan, first.steps, source.describe())
             journal.begin(about, resume=self.options.resume)
+            # With the lists as they are: what comes out of the journal is not entered into it again.
             source = Resumed(source, journal, writers, observers)
             writers, observers = [journal, *writers], [journal, *observers]
         deterministic = self.options.enable_deterministic_algorithms
@@ -319,6 +325,7 @@ class AutoRound:
         seqlen = self.material.seqlen()
         tree = self.subject().tree
         rows = tree.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr, operator]
+        # Any tokens: how long a block takes and what it holds depend on their number.
         tokens = torch.randint(rows, (SAMPLES, seqlen), generator=torch.Generator().manual_seed(0))
 
         def source(at_once: int) -> LiveSource:
@@ -336,7 +343,7 @@ class AutoRound:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled()  # torch's own global switch: put back afterwards
     torch.use_deterministic_algorithms(True)
     try:
         yield

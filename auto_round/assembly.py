@@ -37,6 +37,7 @@ def steps_for(
     numbers = options.numbers()
     found: list[Step] = []
     if any(scheme.act is not None for scheme in plan.values()):
+        # First: the other steps run blocks with quantized inputs.
         found.append(InputRanges(calibrated=needs_calibration(plan), percentile=options.act_percentile))
     kind = options.start_of(numbers)
     found += start(kind) if options.imatrix is None else [_given_search(plan, options, config, kind)]
@@ -47,6 +48,7 @@ def steps_for(
                 lr=numbers.lr,
                 minmax_lr=options.minmax_lr,
                 batch_size=at_once,
+                # Fewer samples at once take more turns per step, so that a step still sees a whole batch.
                 gradient_accumulate_steps=options.gradient_accumulate_steps
                 * max(1, numbers.batch_size // at_once),
                 minmax=options.enable_minmax_tuning,
@@ -69,6 +71,7 @@ def _given_search(plan: Plan, options: Options, config: Mapping[str, Any], kind:
     if kind == "none" or options.start == "gptq":
         raise PlanError("imatrix: an importance file serves the search of ranges, which is switched off")
     path = Path(options.imatrix)
+    # Wrong file, wrong model: found out here, before any work.
     found = importance_of(path, {n: plan.shapes[n] for n in plan.quantized()}, config)
     missing = [name for name in plan.quantized() if name not in found]
     if missing:

@@ -77,7 +77,7 @@ def AutoRoundAdam(model: Any, tokenizer: Any = None, **options: Any) -> Any:
 def register_paths() -> None:
     """Make the documented deep paths importable, parents included. Their names are looked up on first use."""
     for path, table in PATHS.items():
-        _module(path).__getattr__ = _lookup(path, table)  # type: ignore[method-assign]
+        _module(path).__getattr__ = _lookup(path, table)  # type: ignore[method-assign]  # PEP 562
 
 
 def _lookup(path: str, table: dict[str, str]) -> Callable[[str], Any]:
@@ -95,7 +95,7 @@ def _module(path: str) -> types.ModuleType:
     if path in sys.modules:
         return sys.modules[path]
     module = types.ModuleType(path, "A documented path; see auto_round.compat.")
-    module.__path__ = []
+    module.__path__ = []  # makes a package of it, so that paths below it import
     sys.modules[path] = module
     parent, _, last = path.rpartition(".")
     if parent != "auto_round":

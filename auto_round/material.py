@@ -47,7 +47,7 @@ class Material:
         self._calibration: Calibration | None = None
         self._cache_ranges: Mapping[str, tuple[Tensor, Tensor]] | None = None
         if isinstance(model, nn.Module):
-            self.model: nn.Module | None = model.eval()
+            self.model: nn.Module | None = model.eval()  # dropout would give the float output noise to match
             self.folder: Path | None = None
         else:
             self.model = None
@@ -69,7 +69,7 @@ class Material:
     @whole.setter
     def whole(self, wanted: bool) -> None:
         if wanted is not self._whole:
-            self._whole, self._subject = wanted, None
+            self._whole, self._subject = wanted, None  # other layers: read the anatomy anew
 
     def subject(self) -> Subject:
         """The model as files and layers."""
@@ -82,6 +82,7 @@ class Material:
                 blocks=self.options.to_quant_block_names,
                 trust_remote_code=self.options.trust_remote_code,
             )
+            # Names suffice to stream; without model_free a checkpoint that would not load is refused all the same.
             if self._subject is not None and not self.options.model_free:
                 check_streamed(files, trust_remote_code=self.options.trust_remote_code)
         if self._subject is None:
@@ -155,6 +156,7 @@ class Material:
         files = self.subject().files
         if self.options.low_cpu_mem_usage is not None:
             return not self.options.low_cpu_mem_usage
+        # A limit is kept by holding one block; packed weights are unpacked a block at a time.
         if self.options.max_ram is not None or self._is_packed():
             return False
         return sum(info.nbytes for info in files.store.infos.values()) <= SMALL_SHARE * available_memory()
@@ -185,9 +187,8 @@ class Material:
                 )
             if not required:
                 return None
-            nsamples = recipe_named(
-                "default"
-            ).nsamples  # the recipe has none, but the scheme's inputs need a range
+            # The recipe has none, but the scheme's inputs need a range.
+            nsamples = recipe_named("default").nsamples
         request = Request(
             nsamples=nsamples, seqlen=self.seqlen(), seed=self.options.seed, platform=self.options.platform
         )
@@ -195,13 +196,14 @@ class Material:
         try:
             data = load_calibration(dataset, self.tokenizer, request, self.live_model)
         except DataError as error:
-            if required or self.options.dataset is not None:
+            if required or self.options.dataset is not None:  # only data that nobody asked for may be missing
                 raise
             logger.warning("optimised RTN goes by weights alone: %s", error)
             return None
         tree = self.subject().tree
         assert tree is not None, "only jobs without data go by names alone"
         rows = tree.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        # Said here, since the embedding would answer with an index error, or on a GPU with a dead context.
         if int(data.tokens.max()) >= rows:
             raise DataError(
                 f"dataset: token id {int(data.tokens.max())} is outside the model's vocabulary of {rows}; "
@@ -212,6 +214,7 @@ class Material:
     def seqlen(self) -> int:
         """The wanted length, or what the model can take."""
         config, wanted = self.subject().files.config, self.options.numbers().seqlen
+        # Multimodal models keep the language model's settings apart.
         text = config.get("text_config") or config
         most = text.get("max_position_embeddings") or text.get("n_positions") or wanted
         if wanted > most:

@@ -112,6 +112,7 @@ class Options:
         defaults = {f.name: f.default for f in fields(self)}
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         for name, sentence in LATER.items():
+            # The default and None ask for nothing, so scripts that pass every keyword go on working.
             if values[name] != defaults[name] and values[name] is not None:
                 raise NotYetError(f"{name}={values[name]!r}: {sentence}")
         if self.enable_torch_compile:
@@ -125,7 +126,7 @@ class Options:
         schedule_named(self.lr_scheduler)
         for name, least in AT_LEAST.items():
             value = values[name]
-            if value is not None and (isinstance(value, bool) or value < least):
+            if value is not None and (isinstance(value, bool) or value < least):  # True is 1 to Python
                 raise PlanError(f"{name} must be {least} or more, got {value!r}")
 
     def numbers(self) -> Recipe:

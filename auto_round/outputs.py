@@ -38,6 +38,7 @@ def open_writers(
     with ExitStack() as stack:
         writers: list[CheckpointWriter | GgufWriter] = []
         for fmt in formats:
+            # auto_round:auto_gptq goes to auto-round-auto-gptq, as scripts that read upstream's output expect.
             folder = output_dir / fmt.name.replace(":", "-").replace("_", "-") if several else output_dir
             writer = writer_for(material, fmt, folder, plan, about=about)
             stack.enter_context(writer)
@@ -60,6 +61,7 @@ def writer_for(
         split = parse_size(options.split_size) if options.split_size else 0
         return GgufWriter(folder, fmt, subject, plan, provenance, max_shard_bytes=split)
     made, limit = fmt.resolve(plan), parse_size(options.max_shard_size)
+    # Only a stream fills files out of order; a tuned job has the journal for its blocks.
     ledger = None if about is None else Ledger(about, resume=options.resume)
     return CheckpointWriter(
         folder,
@@ -78,6 +80,7 @@ def provenance_of(subject: Subject, plan: Plan, options: Options) -> Provenance:
     body, numbers = subject.anatomy, options.numbers()
     lists = zip(body.prefixes, body.block_lists, strict=True)
     used = {body.layers[name].block for name in plan}
+    # As upstream writes it: false where nothing is tuned, left out where it is the default.
     tuning: dict[str, object] = {"enable_quanted_input": False}
     if numbers.iters:
         tuning = {"iters": numbers.iters, "nsamples": numbers.nsamples, "seqlen": numbers.seqlen}

@@ -76,6 +76,7 @@ def formats_for(options: Options, base: Scheme, given: str | None = None) -> lis
             raise PlanError(
                 f"scheme {scheme} is written by format {meant}, got format {fmt.name}. Leave one of them out"
             )
+        # The default scheme counts as not said: nothing tells it from one that was typed in.
         if fmt.whole_model and meant is None and base != preset(DEFAULT_SCHEME):
             raise PlanError(
                 f"format {fmt.name} has a scheme of its own, got scheme {base}. "
@@ -108,6 +109,7 @@ def plan_for(subject: Subject, options: Options, base: Scheme, formats: Sequence
         default += [name for name in outside if name is not None and name not in default]
     plan = make_plan(body.shapes(), selection, preset, default=default, fused=body.fused())
     for fmt in formats:
+        # Formats with mixtures choose first; what is checked below is what will be done.
         plan = fmt.adapt(plan, subject.files.config)
     for name in plan.quantized():
         _check_spec(name, plan[name])
@@ -132,7 +134,7 @@ def _beside_experts(subject: Subject, options: Options, base: Scheme) -> dict[st
     layers = subject.anatomy.in_blocks()
     if not asked or all(experts_of(name) is None for name in layers):
         return {}
-    others = Scheme.from_flat({"bits": 8}, base)
+    others = Scheme.from_flat({"bits": 8}, base)  # group and symmetry as the experts have them
     return {name: others for name in layers if experts_of(name) is None}
 
 
@@ -172,6 +174,6 @@ def _mixed(plan: Plan) -> Iterator[str]:
         if experts is not None:
             counts = Counter(str(plan[name]) for name in names)
             settings = ", ".join(f"{count} layers {scheme}" for scheme, count in counts.items())
-        kinds[re.sub(r"\.\d+\.", ".*.", place), settings] += 1
+        kinds[re.sub(r"\.\d+\.", ".*.", place), settings] += 1  # one remark for all blocks
     for (place, settings), count in kinds.items():
         yield f"{place} ({count} times): servers merge these layers and refuse different settings ({settings})"

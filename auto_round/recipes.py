@@ -29,6 +29,7 @@ class Recipe:
     nsamples: int = 128
     seqlen: int = 2048
     batch_size: int = 8
+    # 1 / iters with linear decay adds up to 0.5: the farthest that a rounding offset may go.
     lr: float | None = None
     disable_opt_rtn: bool = False
 

@@ -21,6 +21,7 @@ def _flag(*names: str, help: str = "") -> Parameter:
 
 
 def _switch(*names: str, help: str = "") -> Parameter:
+    # No "--no-" twin, which cyclopts would make: published commands spell the opposite "--disable-".
     return Parameter(name=[f"--{name}" for name in names] or None, help=help, negative="")
 
 
@@ -65,6 +66,7 @@ class SchemeFlags:
     """Number formats, globally and per layer."""
 
     scheme: Annotated[str, _flag("scheme", help="One of `auto-round list scheme`.")] = "W4A16"
+    # Real: AutoScheme has averages.
     bits: Annotated[Real, _flag("bits", help="Overrides the scheme's bits.")] = None
     group_size: Annotated[Text, _flag("group-size", help="Weights that share a scale; -1: one per row.")] = (
         None
@@ -235,7 +237,7 @@ class Later:
     def refuse(self) -> None:
         """Raise NotYetError for the first of these flags that was given."""
         for f in fields(self):
-            if getattr(self, f.name) != f.default:
+            if getattr(self, f.name) != f.default:  # a flag that repeats the default asks for nothing
                 raise NotYetError(
                     f"--{f.name.replace('_', '-')}: {WHAT.get(f.name, 'this flag')} is not there yet"
                 )
@@ -271,11 +273,13 @@ def to_options(recipe: str, output: Output, scheme: SchemeFlags, tuning: Tuning,
         "split_size": output.split_size,
         "bits": _whole("bits", scheme.bits),
         "group_size": _group("group-size", scheme.group_size),
+        # None where nothing was said: a scheme may be asymmetric by itself, and a GGUF type always says.
         "sym": False if scheme.asym else None,
         "act_sym": False if scheme.act_asym else None,
         "act_dynamic": False if scheme.disable_act_dynamic else None,
         "enable_minmax_tuning": not tuning.disable_minmax_tuning,
         "enable_quanted_input": not tuning.disable_quanted_input,
+        # None lets the size of the model decide, which neither flag does.
         "low_cpu_mem_usage": False
         if machine.disable_low_cpu_mem_usage
         else machine.low_cpu_mem_usage or None,
@@ -283,6 +287,7 @@ def to_options(recipe: str, output: Output, scheme: SchemeFlags, tuning: Tuning,
         "amp": not machine.disable_amp,
         "trust_remote_code": machine.trust_remote_code and not machine.disable_trust_remote_code,
     }
+    # All other flags have the name of their option; one without an option belongs to the command itself.
     names = {f.name for f in fields(Options)} - plain.keys()
     for group in (scheme, tuning, machine):
         plain.update({f.name: getattr(group, f.name) for f in fields(group) if f.name in names})
@@ -314,4 +319,5 @@ def normalized(argv: Sequence[str]) -> list[str]:
         name, equals, value = word.partition("=")
         return name.replace("_", "-") + equals + value
 
+    # Values keep theirs: folders have underscores.
     return [flag(word) if word.startswith("--") else word for word in argv]

@@ -26,7 +26,7 @@ PROBE = (4096, 4096)  # a layer shape that every format can divide
 
 def show(what: str, console: Console) -> None:
     """Print the table of `what`. Raises PlanError with the nearest known word."""
-    key = what.casefold().rstrip("s")
+    key = what.casefold().rstrip("s")  # "formats" will do
     tables = {
         "format": _formats,
         "scheme": _schemes,
@@ -50,13 +50,15 @@ def _formats() -> Group:
     )
     for table in (held, refused):
         for column in table.columns:
-            column.overflow = "fold"
+            column.overflow = "fold"  # rich would cut long lists off
     for name, fmt in formats().items():
         reasons: dict[str, list[str]] = {}
         for scheme, value in presets().items():
+            # Asked of the format itself, so the table cannot differ from what a job would be told.
             reasons.setdefault(_reason(fmt.reject(value, PROBE)), []).append(scheme)
         held.add_row(name, ", ".join(reasons.pop("", [])))
         for reason, schemes in reasons.items():
+            # Two dozen names that always fall together.
             ours = [scheme for scheme in schemes if not scheme.startswith("GGUF:")]
             refused.add_row(name, ", ".join(ours + ["GGUF:*"] * (len(ours) < len(schemes))), reason)
     return Group(held, refused)

@@ -31,12 +31,13 @@ def build(recipe: str) -> cyclopts.App:
         version=__version__,
         version_flags=["--version"],
         help_flags=["--help", "-h"],
-        suppress_keyboard_interrupt=False,
+        suppress_keyboard_interrupt=False,  # `execute` answers it, with a word about --resume
     )
 
     @app.command(name="list")
     def list_what(what: str) -> None:
         """Show what there is: format, scheme, backend or alg."""
+        # Here and below: torch and transformers take seconds, which --help and a misspelt flag should not.
         from auto_round.cli.listing import show
 
         show(what, Console())
@@ -118,7 +119,7 @@ def _quantize(
     from auto_round.api import AutoRound
     from auto_round.cli.progress import Show
 
-    console = Console(stderr=True)
+    console = Console(stderr=True)  # stdout holds the closing table and nothing else
     job = AutoRound(model, **{f.name: getattr(options, f.name) for f in fields(options)})
     with Show(console) as show:
         job.observers.append(show)
@@ -128,13 +129,15 @@ def _quantize(
 
 def execute(recipe: str, argv: list[str]) -> int:
     """Run the command of `recipe` with `argv`; the exit code."""
-    console = Console(stderr=True, soft_wrap=True)
+    console = Console(stderr=True, soft_wrap=True)  # a pipe gets unbroken messages
     try:
+        # cyclopts would print and leave by itself; errors of both kinds should look alike and have our exit codes.
         build(recipe)(normalized(argv), exit_on_error=False, print_error=False, result_action="return_value")
     except cyclopts.CycloptsError as error:
         console.print(f"error: {error}", style="red", markup=False)
         return USAGE
     except (AutoRoundError, TypeError) as error:
+        # An unknown keyword is the user's mistake; any other TypeError is ours and keeps its traceback.
         if isinstance(error, TypeError) and "AutoRound()" not in str(error):
             raise
         console.print(f"error: {error}", style="red", markup=False)

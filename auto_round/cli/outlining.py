@@ -22,7 +22,7 @@ def show_outline(outline: Outline, console: Console) -> None:
         console.print(f"  note: {note}", markup=False)
     table = Table("format", "bytes of weight files", "of original", title="output")
     for name, size in outline.sizes.items():
-        exact = f"{size:,}" if isinstance(size, int) else size
+        exact = f"{size:,}" if isinstance(size, int) else size  # the reason why not, in its place
         share = f"{size / outline.source_bytes:.1%}" if isinstance(size, int) else "-"
         table.add_row(name, exact, share)
     console.print(table)

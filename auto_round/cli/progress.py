@@ -61,6 +61,7 @@ class Show(AbstractContextManager["Show"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+        # A second run in this process would print every line twice.
         logging.getLogger("auto_round").removeHandler(self._handler)
 
     def started(self, plan: Plan, blocks: int) -> None:
@@ -79,7 +80,7 @@ class Show(AbstractContextManager["Show"]):
         self.results.append(result)
         report = result.report
         parts = [f"{name} {loss:.3g}" for name, loss in report.losses.items()]
-        if report.losses:
+        if report.losses:  # only tuning takes steps
             parts.append(f"{report.iterations} steps")
         parts += [*_experts(result), f"kept {report.kept}", f"{result.seconds:.1f}s"]
         self.console.print(f"{result.name}: {'  '.join(parts)}", markup=False)
@@ -97,7 +98,7 @@ class Show(AbstractContextManager["Show"]):
         table.add_column("folder", overflow="fold")
         for column in ("layers", "weights", "of original"):
             table.add_column(column, justify="right")
-        original = weight_bytes(source) if source is not None else 0
+        original = weight_bytes(source) if source is not None else 0  # a live model has no files
         for folder in folders:
             size = weight_bytes(Path(folder))
             table.add_row(

@@ -20,5 +20,5 @@ def report(folder: str, tp: str, console: Console) -> None:
     for finding in found:
         console.print(str(finding), markup=False, soft_wrap=True)
     if found:
-        raise VerificationError(f"{folder}: {len(found)} findings")
+        raise VerificationError(f"{folder}: {len(found)} findings")  # exit code 1, for scripts
     console.print(f"{folder}: nothing found", markup=False, soft_wrap=True)

@@ -42,7 +42,7 @@ class Layer:
         """Its weight (O, I), a view of `parameter`."""
         if self.piece is not None:
             return self.piece.of(parameter)
-        return parameter.t() if self.transposed else parameter
+        return parameter.t() if self.transposed else parameter  # Conv1D of GPT-2 stores (I, O)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +73,7 @@ class Anatomy:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
         name = next(name for name, module in model.named_modules() if module is embedding)
         layer = Layer(name, (embedding.weight.shape[0], embedding.weight.shape[1]), False, None)
+        # First, as it is in the model.
         return replace(self, layers={name: layer, **self.layers}, embedding=name)
 
     def in_order(self) -> tuple[str, ...]:
@@ -96,7 +97,7 @@ class Anatomy:
                 of_experts.setdefault(place, []).append(name)
         found = [frozenset(names) for names in of_experts.values()]
         for names in quirks.FUSED_NAMES:
-            anchor = sorted(names)[0]
+            anchor = sorted(names)[0]  # one of them speaks for the set, so that it is found once
             for name in self.layers:
                 if experts_of(name) is not None:
                     continue
@@ -132,6 +133,7 @@ class Anatomy:
                 f"to_quant_block_names {wanted!r} means no block. Blocks: {', '.join(self.prefixes)}.<number>"
             )
         layers = {
+            # Still a layer, but outside the blocks: layer_config may name it, the base scheme does not reach it.
             name: layer if layer.block in kept else replace(layer, block=None)
             for name, layer in self.layers.items()
         }
@@ -139,6 +141,7 @@ class Anatomy:
 
 
 def _means(part: str, block: str) -> bool:
+    # The dot keeps layers.1 from meaning layers.10; a word without a number means the whole list.
     return f"{block}.".startswith(f"{part.rstrip('.')}.") or part.rstrip(".") in block.rsplit(".", 1)[0]
 
 
@@ -157,6 +160,7 @@ def parameters_for(
             pieces.setdefault(layer.parameter, {})[layer.piece] = weight
         else:
             found[layer.parameter] = weight.t() if layer.transposed else weight
+    # All matrices of a fused tensor at once: rebuilding it for each would copy it E times.
     found.update({name: fuse(own, original(name)) for name, own in pieces.items()})
     return found
 
@@ -186,6 +190,7 @@ def block_lists(model: nn.Module) -> list[tuple[str, ...]]:
             inner = f"{path}.{name}" if path else name
             if isinstance(child, nn.ModuleList):
                 if any(is_matrix(m) for m in child.modules()):
+                    # No search inside: a list in a block, such as its experts, belongs to the block.
                     yield tuple(f"{inner}.{index}" for index in range(len(child)))
             else:
                 yield from search(child, inner)
@@ -211,6 +216,7 @@ def anatomy(model: nn.Module) -> Anatomy:
             layers.update(_expert_layers(experts[name], module, block))
         if not is_matrix(module):
             continue
+        # Other towers have no blocks here (`block_lists`), so their matrices are known by their names.
         if quirks.left_alone(name) or (block is None and any(w in name for w in quirks.NON_TEXT_WORDS)):
             continue
         layers[name] = Layer(name, shape_of(module), isinstance(module, Conv1D), block)
@@ -241,7 +247,7 @@ def _expert_layers(experts: Experts, module: nn.Module, block: str) -> dict[str,
     found = {}
     for name, piece in experts.pieces():
         parameter = module.get_parameter(piece.tensor.rpartition(".")[2])
-        own = torch.empty(parameter.shape[1:], device="meta")
+        own = torch.empty(parameter.shape[1:], device="meta")  # only the shape counts
         rows, columns = piece.of_expert(own).shape
         found[name] = Layer(name, (rows, columns), False, block, piece)
     return found
@@ -249,7 +255,7 @@ def _expert_layers(experts: Experts, module: nn.Module, block: str) -> dict[str,
 
 def _prefixes(name: str) -> Iterator[str]:
     parts = name.split(".")
-    return (".".join(parts[:count]) for count in range(1, len(parts)))
+    return (".".join(parts[:count]) for count in range(1, len(parts)))  # shortest first, without the name
 
 
 def _head_name(model: nn.Module) -> str | None:

@@ -38,7 +38,7 @@ class Call:
             if self.by_keyword
             else module(hidden, *self.args, **self.kwargs)
         )
-        return out[0] if isinstance(out, tuple) else out
+        return out[0] if isinstance(out, tuple) else out  # some blocks return their cache or attention too
 
 
 @contextmanager
@@ -80,14 +80,14 @@ class Recorder:
     @torch.no_grad()
     def __call__(self, tokens: Tensor, attention_mask: Tensor | None) -> Pass:
         """One forward over `tokens` (B, T)."""
-        if self._returns_tuple is None:
+        if self._returns_tuple is None:  # the same for all samples: found out once
             self._learn_return(tokens[:1], None if attention_mask is None else attention_mask[:1])
         seen: list[tuple[Tensor, Call]] = []
 
         def note(*args: Any, **kwargs: Any) -> Any:
             seen.append(_split_call(args, kwargs))
             if len(seen) == len(self.blocks):
-                raise _Reached
+                raise _Reached  # what follows, above all the head, would cost the most
             return self.like_output(seen[-1][0])
 
         with replaced_forwards(self.blocks, [note] * len(self.blocks)):
@@ -106,6 +106,7 @@ class Recorder:
         first = self.blocks[0]
 
         def watch(*args: Any, **kwargs: Any) -> Any:
+            # The class's own: the instance's `forward` is this very function as long as it is replaced.
             out = type(first).forward(first, *args, **kwargs)
             self._returns_tuple = len(out) if isinstance(out, tuple) else 0
             raise _Reached
@@ -118,7 +119,7 @@ def run_until(model: nn.Module, tokens: Tensor, attention_mask: Tensor | None) -
     """Run the model until something raises `_Reached`."""
     extra = {} if attention_mask is None else {"attention_mask": attention_mask}
     try:
-        model(input_ids=tokens, use_cache=False, **extra)
+        model(input_ids=tokens, use_cache=False, **extra)  # a cache would only fill memory
     except _Reached:
         return
 
@@ -131,7 +132,7 @@ def input_after_blocks(
     got: list[Tensor] = []
 
     def note(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        got.append(args[0])
+        got.append(args[0])  # before the layer computes: its input is all that is wanted
         raise _Reached
 
     def skip(*args: Any, **kwargs: Any) -> Any:
@@ -182,6 +183,7 @@ class Calls:
         self._shared = leaves((one.args, one.kwargs))
         second, joint = leaves((other.args, other.kwargs)), leaves((both.args, both.kwargs))
         shapes = [(a.shape, c.shape) for a, c in zip(self._shared, joint, strict=True)]
+        # What doubles when two samples run together is per sample (masks); what stays is shared (rotary tables).
         self._batched = [len(a) > 0 and len(c) > 0 and c[0] == 2 * a[0] and a[1:] == c[1:] for a, c in shapes]
         varying = [not torch.equal(a, b) for a, b in zip(self._shared, second, strict=True)]
         self._per_sample: list[list[Tensor]] | None = None

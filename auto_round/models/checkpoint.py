@@ -102,6 +102,7 @@ class StateDict(TensorStore):
         seen: dict[tuple[int, int], str] = {}
         self._tensors = {}
         for name, tensor in tensors.items():
+            # Tied tensors share memory; on meta nothing has an address.
             key = (tensor.data_ptr(), tensor.numel())
             if tensor.numel() and key in seen and tensor.device.type != "meta":
                 continue
@@ -119,6 +120,7 @@ class StateDict(TensorStore):
         for name, info in self.infos.items():
             state.update(f"{name} {info.dtype} {info.shape}".encode())
             flat = self._tensors[name].detach().reshape(-1)
+            # A sample: gigabytes would take minutes.
             state.update(_bytes(flat[:: max(1, flat.numel() // SAMPLED)]))
         return state.hexdigest()
 
@@ -140,6 +142,7 @@ class Checkpoint(TensorStore):
         for shard, expected in _shards(folder).items():
             path = folder / shard
             start, header = _read_header(path)
+            # Open as long as the store lives: places hand the descriptor on, and reading needs no look-up of a name.
             file = os.open(path, os.O_RDONLY)
             weakref.finalize(self, os.close, file)
             for name, entry in header.items():
@@ -154,6 +157,7 @@ class Checkpoint(TensorStore):
                     f"{folder / INDEX}: tensor {absent[0]} should be in {shard} but is not; "
                     "download the index and that shard again"
                 )
+        # In one order whatever the order of shards: new files are planned from it.
         self.infos = {name: infos[name] for name in sorted(infos, key=natural)}
 
     def get(self, name: str) -> Tensor:
@@ -174,6 +178,7 @@ class Checkpoint(TensorStore):
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Entries `start` to `stop` of the first axis of the tensor called `name`."""
         shape = self.infos[name].shape
+        # Rows of the first axis are contiguous, so a few of them (one expert, say) are one read.
         each = self._places[name].nbytes // shape[0] if shape[0] else 0
         flat = self._read(name, start * each, (stop - start) * each)
         return flat.reshape(stop - start, *shape[1:])
@@ -190,6 +195,7 @@ class Checkpoint(TensorStore):
         """Tell the system that the tensor called `name` will soon be read."""
         place = self._places[name]
         if hasattr(os, "posix_fadvise"):
+            # Only a hint: the kernel reads ahead while other layers are worked on, and nobody waits.
             os.posix_fadvise(place.file, place.offset, place.nbytes, os.POSIX_FADV_WILLNEED)
 
     def _read(self, name: str, skip: int = 0, nbytes: int | None = None) -> Tensor:
@@ -198,8 +204,10 @@ class Checkpoint(TensorStore):
         tensor = torch.empty(nbytes // info.dtype.itemsize, dtype=info.dtype)
         if not nbytes:
             return tensor
+        # Into the tensor's own memory, with no copy in between.
         buffer, done = tensor.view(torch.uint8).numpy().data, 0
         while done < nbytes:
+            # In a loop, for Linux hands out at most 2 GiB per call.
             got = read_at(place.file, buffer[done:], place.offset + skip + done)
             if not got:
                 raise ModelError(f"{place.path}: ends within tensor {name}; copy or download it again")
@@ -235,6 +243,7 @@ def write_at(file: int, data: memoryview, offset: int) -> None:
 
 def natural(name: str) -> list[object]:
     """Sorting key that puts layers.2 before layers.10."""
+    # Pairs, since a number and a word cannot be compared with each other.
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -270,7 +279,7 @@ def read_index(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path}: no usable weight_map ({error}); download it again") from error
     for name in shards.values():
-        if Path(name).name != name:
+        if Path(name).name != name:  # an index from elsewhere must not make us open ../../secret
             raise ModelError(f"{path}: shard name {name!r} points outside the folder")
     return dict(shards)
 
@@ -288,7 +297,7 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(size - 8, LONGEST_HEADER):
+            if length > min(size - 8, LONGEST_HEADER):  # before reading: damage may claim exabytes
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
@@ -310,6 +319,7 @@ def _check_header(header: Mapping[str, Any], nbytes: int) -> None:
         if begin != position:
             raise ValueError(f"tensor {name} begins at byte {begin}, the one before ends at {position}")
         dtype = DTYPES.get(entry["dtype"])
+        # An unknown dtype is named by `_dtype`.
         if dtype is not None and end - begin != math.prod(entry["shape"]) * dtype.itemsize:
             raise ValueError(f"tensor {name} has {end - begin} bytes for the shape {entry['shape']}")
         position = end

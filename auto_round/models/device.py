@@ -49,12 +49,14 @@ def parse_devices(device_map: Any = None) -> Devices:
     """
     if isinstance(device_map, str) and ":" in device_map:
         pairs = [part.strip().partition(":") for part in device_map.split(",") if part.strip()]
+        # "cuda:0" is a device, "q_proj:0" is not.
         if any(colon and name not in KINDS for name, colon, _ in pairs):
             device_map = {name: device for name, _, device in pairs}
     if isinstance(device_map, Mapping):
         layers = {str(name).strip(): _device(device) for name, device in device_map.items()}
         if not layers:
             raise PlanError(f"device_map {device_map!r} names no device; give one, or leave device_map out")
+        # An accelerator runs the blocks if any is named: the CPU comes last.
         named = sorted({*layers.values()}, key=lambda d: (d.type == "cpu", d.index or 0))
         return Devices((named[0],), layers)
     if device_map is None:
@@ -74,7 +76,7 @@ def _device(said: Any) -> torch.device:
         said = f"cuda:{said}"
     try:
         device = torch.device(said)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device)  # fails here for a device that is not there, not after an hour
     except (RuntimeError, AssertionError, ImportError) as error:
         raise PlanError(f"device {said!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
@@ -85,6 +87,7 @@ def execution_dtype(device: torch.device) -> torch.dtype | None:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
     if device.type == "cpu":
+        # Without it bfloat16 products are emulated, slower than float32.
         fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return torch.bfloat16 if fast else None
     return torch.bfloat16
@@ -102,7 +105,7 @@ def elsewhere(module: nn.Module, device: torch.device, home: torch.device) -> li
     def back(_module: nn.Module, _args: Any, output: Any) -> Any:
         return moved(output, home)
 
-    if any(tensor.device != device for tensor in module.parameters()):
+    if any(tensor.device != device for tensor in module.parameters()):  # moved once, and stays there
         module.to(device)
     return [
         module.register_forward_pre_hook(there, with_kwargs=True),

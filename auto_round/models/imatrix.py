@@ -41,6 +41,7 @@ def _read_gguf(path: Path) -> dict[str, Tensor]:
     tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in gguf.GGUFReader(path).tensors}
     found = {}
     for name in [name.removesuffix(SUMS) for name in tensors if name.endswith(SUMS)]:
+        # Per expert: each has seen a number of tokens of its own.
         counts = tensors[name + COUNTS].reshape(-1, 1)
         means = tensors[name + SUMS].reshape(len(counts), -1) / counts.clamp(min=1)
         found[name] = means[0] if len(means) == 1 else means
@@ -84,6 +85,7 @@ def write_imatrix(
     writer.add_uint32("imatrix.chunk_size", seqlen)
     for name, values in means.items():
         rows = values.reshape(-1, values.shape[-1]).float()
+        # The file has sums; readers divide by the counts.
         writer.add_tensor(name + SUMS, (rows * tokens).numpy())
         writer.add_tensor(name + COUNTS, torch.full((len(rows), 1), float(tokens)).numpy())
     writer.write_header_to_file()

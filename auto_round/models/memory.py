@@ -25,7 +25,7 @@ def available_memory() -> int:
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # a guess: nobody tells what is free
 
 
 def peak_memory() -> int:
@@ -39,7 +39,7 @@ def peak_memory() -> int:
         return 0  # Windows keeps no such figure where Python can read it
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
@@ -60,7 +60,7 @@ def reset_peak() -> None:
             torch.cuda.reset_peak_memory_stats(index)
     if CLEAR.exists():
         try:
-            CLEAR.write_text("5")
+            CLEAR.write_text("5")  # 5 resets VmHWM, see proc(5)
         except OSError:  # not allowed in some containers: the peak then is that of the whole process
             return
 
@@ -94,6 +94,7 @@ class Tally(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run `func`, and count the storages of what it returns that are new."""
+        # In-place operations and views return storages that they were given: those are not new.
         before = {
             t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)
         }
@@ -111,6 +112,7 @@ class Tally(TorchDispatchMode):
         self._alive.add(key)
         self.now[kind] += size
         self.peak[kind] = max(self.peak[kind], self.now[kind])
+        # The storage and not the tensor: views keep it alive after the tensor that made it is gone.
         weakref.finalize(storage, self._forget, key, kind, size)
 
     def _forget(self, key: int, kind: str, size: int) -> None:

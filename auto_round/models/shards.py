@@ -59,6 +59,7 @@ def plan_shards(infos: Mapping[str, TensorInfo], max_bytes: int) -> list[Shard]:
     """
     groups: list[list[str]] = [[]]
     filled = 0
+    # Members of a layer are neighbours in this order, which is what `groupby` needs.
     for _, members in groupby(sorted(infos, key=natural), lambda name: name.rpartition(".")[0] or name):
         names = list(members)
         size = sum(infos[name].nbytes for name in names)
@@ -78,6 +79,7 @@ def plan_shards(infos: Mapping[str, TensorInfo], max_bytes: int) -> list[Shard]:
 
 
 def _plan_shard(file: str, infos: Mapping[str, TensorInfo]) -> Shard:
+    # transformers 4 refuses a file that does not say which framework it is for.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, position = {}, 0
     # Widest dtype first keeps every tensor aligned to its element size without gaps, which the format forbids.
@@ -91,7 +93,7 @@ def _plan_shard(file: str, infos: Mapping[str, TensorInfo]) -> Shard:
         }
         offsets[name], position = position, end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # as the library does, so that data begin aligned
     start = 8 + len(text)
     return Shard(
         file=file,
@@ -119,6 +121,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         try:
             for shard in self.shards:
+                # Not truncated: going on with an earlier run counts on what it has put there.
                 file = os.open(self.folder / shard.file, os.O_WRONLY | os.O_CREAT, 0o666)
                 self._files[shard.file] = file
                 if hasattr(os, "posix_fallocate") and shard.size:
@@ -175,6 +178,7 @@ class ShardWriter:
     ) -> None:
         if kind is None:
             for file in self._files.values():
+                # Before anyone moves the files: a name in place must not be on disk earlier than the data.
                 os.fsync(file)
         self._close()
         if kind is not None:
@@ -202,6 +206,7 @@ def _copy_part(place: Place, done: int, file: int, offset: int) -> int:
         try:
             return os.copy_file_range(place.file, file, count, place.offset + done, offset)
         except OSError as error:
+            # Another file system, or one that cannot: copied through memory instead. Anything else is a real failure.
             if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
     buffer = memoryview(bytearray(count))
@@ -213,10 +218,12 @@ def _copy_part(place: Place, done: int, file: int, offset: int) -> int:
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of `tensor` in row-major order, without a copy where possible."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
+    # Bytes, since numpy knows neither bfloat16 nor float8; and it gives no buffer for nothing.
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 COLUMNS = 1 << 14
+# Odd: a change of one sum cannot vanish.
 _FACTORS = torch.randint(-(1 << 62), 1 << 62, (COLUMNS,), generator=torch.Generator().manual_seed(0)) | 1
 
 

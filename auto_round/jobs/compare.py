@@ -40,7 +40,7 @@ def windows(texts: Sequence[str], tokenizer: Any, seqlen: int, count: int) -> Te
     ids: list[int] = []
     for text in texts:
         ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) >= seqlen * count:
+        if len(ids) >= seqlen * count:  # no more text is tokenized than is used
             break
     whole = min(count, len(ids) // seqlen)
     if whole == 0:
@@ -63,6 +63,7 @@ def compare(
     """Compare two models on `texts`, both in float32. Raises DataError when the text is too short."""
     tokens = windows(texts, tokenizer, seqlen, max_windows)
     first, second = _loaded(original), _loaded(quantized)
+    # float64: a million small float32 terms would round one another away.
     sums = torch.zeros(4, dtype=torch.float64)
     for window in tokens.split(4):
         a = first(input_ids=window).logits[:, :-1].float().log_softmax(-1)

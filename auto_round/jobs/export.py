@@ -98,7 +98,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             spec = self.plan[layer].weight
             assert spec is not None, "quantized() names layers with a spec"
             dtype = infos[source].dtype if source in infos else None
-            if infos.pop(source, None) is not None:
+            if infos.pop(source, None) is not None:  # a tied head has no tensor of its own to replace
                 self.account.replaced.append(source)
             for suffix, tensor in planned_tensors(
                 self.format, spec, self.plan.shapes[layer], self.plan[layer].act
@@ -135,13 +135,14 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         if self._ledger is not None:
             files = {shard.file: shard.size for shard in self._shards.shards}
             self._ledger.about(format=self.format.name, files=files)
+            # Before anything is removed: a changed setting must not cost the layers of the earlier run.
             earlier = self._ledger.earlier(self._staging)
         try:
             if earlier is None:
                 shutil.rmtree(self._staging, ignore_errors=True)
             self._staging.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder).free
-            if free < self.nbytes and not earlier:
+            if free < self.nbytes and not earlier:  # an earlier run has reserved its room already
                 raise OutputError(
                     f"output folder {self.folder}: needs {self.nbytes:,} bytes, {free:,} are free"
                 )
@@ -188,12 +189,14 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         self._written[name] = sums
         if self._is_sample(q):
             self._digests[name] = (q.spec, q.shape, digest(q.tensors()))
+        # A matrix inside a fused tensor is only in memory until that is complete, so it does not count yet.
         if self._ledger is not None and all(full in self._shards.infos for full in sums):
             self._ledger.add(name, sums)
 
     def _is_sample(self, q: Quantized) -> bool:
         kind, known = (q.spec, q.shape), len(self._kinds)
         self._kinds.add(kind)
+        # Hashing all codes would slow a stream down; the bytes in the file are checked for every layer.
         return self._ledger is None or len(self._kinds) > known or len(self._written) % SAMPLED == 0
 
     def to_copy(self) -> list[str]:
@@ -249,8 +252,9 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
                     self._ledger.close()
                 if kind is None:
                     self._write_side_files()
+                    # While the files are still hidden: a bad one is never seen under its final name.
                     self._verify()
-                    (self._staging / LEDGER).unlink(missing_ok=True)
+                    (self._staging / LEDGER).unlink(missing_ok=True)  # the checkpoint has no use for it
                     self._publish()
                     self._inspect()
             except OSError as failure:
@@ -289,6 +293,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         provenance = replace(self.provenance, float_tensors=self._float_matrices())
         config = self.format.describe(self.subject.files.config, self.written_plan(), provenance)
         if any(self.subject.unties(layer) for layer in self.plan.quantized()):
+            # Else readers would load the head from the embedding and leave its codes unread.
             config["tie_word_embeddings"] = False
         return config
 
@@ -329,9 +334,10 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
 
     def _publish(self) -> None:
         """Move the files into place, config.json last: a folder without it is no checkpoint."""
+        # Those of an earlier checkpoint first: a crash in between must not leave a mixture that loads.
         for stale in ("config.json", "quantization_config.json", "model.safetensors.index.json"):
             (self.folder / stale).unlink(missing_ok=True)
-        for path in self.folder.glob("model*.safetensors"):
+        for path in self.folder.glob("model*.safetensors"):  # other numbers of shards have other names
             path.unlink()
         for path in sorted(self._staging.iterdir(), key=lambda p: (p.name == "config.json", p.name)):
             os.replace(path, self.folder / path.name)

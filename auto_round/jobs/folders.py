@@ -24,6 +24,7 @@ def remove_empty(folders: Iterable[Path]) -> None:
 def sync(folder: Path) -> None:
     """Make renames inside `folder` last, where the system can open folders."""
     if hasattr(os, "O_DIRECTORY"):
+        # A rename is an entry of the folder: syncing the file alone may leave it under its old name after a crash.
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(handle)

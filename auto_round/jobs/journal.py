@@ -89,15 +89,18 @@ class Journal(AbstractContextManager["Journal"]):
             self._recognise(block)
         temporary = self.folder / f"{MANIFEST}.{UNFINISHED}"
         temporary.write_text(json.dumps(manifest, indent=1) + "\n")
+        # Whole or not at all: a torn manifest would refuse to resume.
         os.replace(temporary, self.folder / MANIFEST)
         if self.done:
             logger.info("going on after %d finished blocks found in %s", len(self.done), self.folder)
 
     def _recognise(self, block: Path) -> None:
         """Count the folder `block` as done, or remove it when it is unfinished, half removed or damaged."""
+        # The index is written last, so a block without one was being written when the run ended.
         if not (block / INDEX).is_file() or not (block / TENSORS).is_file() or block.name == UNFINISHED:
             shutil.rmtree(block)
         elif _digest(block / TENSORS) != json.loads((block / INDEX).read_text())["digest"]:
+            # Synced and renamed, yet other bytes: the disk. One block is cheaper to repeat than to trust.
             logger.warning("%s is damaged: %s is quantized again", block, block.name)
             shutil.rmtree(block)
         else:
@@ -118,11 +121,12 @@ class Journal(AbstractContextManager["Journal"]):
 
     def finished(self, result: BlockResult) -> None:
         """Make the block count: sync its files and rename their folder. A block of `done` is there already."""
-        if result.name in self.done or not self._layers:
+        if result.name in self.done or not self._layers:  # replayed, or without a quantized layer
             return
         assert self._file is not None, "layers were added"
         unfinished, final = self.folder / UNFINISHED, self.folder / result.name
         try:
+            # On disk before its name says that it counts.
             self._close(sync=True)
             about = {**asdict(result), "digest": _digest(unfinished / TENSORS), "tensors": self._layers}
             with (unfinished / INDEX).open("w") as file:
@@ -167,7 +171,7 @@ class Journal(AbstractContextManager["Journal"]):
         if not self._begun:  # what an earlier run left is not touched
             folders.remove_empty(self._made)
             return
-        if kind is None or not self.done:
+        if kind is None or not self.done:  # finished, or nothing that would be worth keeping
             shutil.rmtree(self.folder, ignore_errors=True)
             folders.remove_empty(self._made)
             return
@@ -203,8 +207,9 @@ class Resumed(Source):
         for name, q in layers.items():
             for writer in self.writers:
                 writer.add(name, q)
-            replaced[name] = codec_of(q.spec).dequantize(q)
+            replaced[name] = codec_of(q.spec).dequantize(q)  # from the codes, bit for bit as in the first run
         acts = {name: (self.journal.plan[name].act, q.inputs) for name, q in layers.items()}
+        # Before the chain moves on: the first run, too, ran the quantized block with quantized inputs.
         block.quantize_inputs({name: (act, fixed) for name, (act, fixed) in acts.items() if act is not None})
         self.source.done(block, replaced)
         for observer in self.observers:
@@ -253,6 +258,7 @@ def _width(tensor: Tensor) -> int:
     """Bits per value that the file needs: 2 or 4 for small codes, else those of the dtype."""
     if tensor.dtype != torch.uint8 or not tensor.numel():
         return 8 * tensor.dtype.itemsize
+    # By value and not by bits of the spec: the file need not know which data type it holds.
     largest = int(tensor.max())
     return next(bits for bits in (2, 4, 8) if largest < 1 << bits)
 
@@ -262,5 +268,6 @@ def _narrow(tensor: Tensor, width: int) -> Tensor:
         return tensor
     flat, per_byte = tensor.cpu().flatten(), 8 // width
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % per_byte)).view(-1, per_byte)
+    # 4 bits: 3, 10 become 03, A0, added up to A3.
     shifted = padded << torch.arange(0, 8, width, dtype=torch.uint8)
     return shifted.sum(1, dtype=torch.uint8)

@@ -70,6 +70,7 @@ class Ledger:
         assert self._file is not None, "begin comes first"
         with self._lock:
             self._file.write(json.dumps(entry) + "\n")
+            # To the system, not to the disk: a line that outlives its data is found out by its checksum.
             self._file.flush()
 
     def close(self) -> None:
@@ -83,6 +84,6 @@ def _lines(path: Path) -> list[Any]:
     """The whole lines of the file; one that was cut off by a crash is left out."""
     found = []
     for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
+        if line.endswith("\n"):  # a crash may cut the last one
             found.append(json.loads(line))
     return found

@@ -37,9 +37,10 @@ def manifest(
         "source": {key: str(value) for key, value in source.items()},
         "versions": {
             "auto_round": __version__,
+            # Other kernels sum in another order, and the last bit of a loss may decide which state is kept.
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "machine": platform.machine(),
+            "machine": platform.machine(),  # as do other processors
         },
     }
 

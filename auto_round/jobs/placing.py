@@ -51,6 +51,7 @@ def place(
     layers = _layers(wish)
     if main.type == "cpu" and max_ram is None and not measure:
         return Placement(device=str(main), micro_batch=wish.batch, activations=homes[0], layers=layers), None
+    # Without a limit of the user's a card has one all the same: what is free on it.
     if main.type == "cuda" and max_vram is None:
         max_vram = int(torch.cuda.mem_get_info(main)[0] * SHARE)
     found, seconds = measured(wish)
@@ -70,7 +71,7 @@ def measured(wish: Wish) -> tuple[Costs, float]:
     tree = wish.subject.tree
     assert tree is not None, "a job that runs blocks has a module tree"
     sizes = {block: _bytes(tree.get_submodule(block)) for block in wish.subject.anatomy.in_order()}
-    heaviest = max(sizes, key=lambda block: sizes[block])
+    heaviest = max(sizes, key=lambda block: sizes[block])  # what it takes, every other block has room for
     rehearsal = rehearse(wish.source, wish.steps, wish.plan, heaviest)
     states = wish.seqlen * tree.config.get_text_config().hidden_size * torch.float32.itemsize  # type: ignore[union-attr, operator]
     resident = wish.subject.located is None
@@ -80,6 +81,7 @@ def measured(wish: Wish) -> tuple[Costs, float]:
         device=wish.devices.main.type,
     )  # fmt: skip
     one = estimate(rehearsal, wish.iters, wish.batch, wish.samples)
+    # The other blocks by their weights: the time of a block grows with what it multiplies by.
     return found, one * sum(sizes.values()) / sizes[heaviest]
 
 
@@ -91,7 +93,7 @@ def _outside(tree: nn.Module, subject: Subject) -> int:
     """Bytes of the weights outside blocks, without the head."""
     body = subject.anatomy
     inside = tuple(f"{block}." for block in body.in_order())
-    without = f"{body.head}." if body.head else "\0"
+    without = f"{body.head}." if body.head else "\0"  # no name begins with it
     tensors = tree.state_dict().items()
     return sum(
         t.numel() * t.element_size()

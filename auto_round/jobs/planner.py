@@ -24,7 +24,7 @@ from auto_round.sources.live_block import LiveBlock
 from auto_round.steps.base import Step
 
 SAMPLES = 4  # of a rehearsal: enough for two at a time to be tuned on, and one held out
-MORE_ITERS = 4
+MORE_ITERS = 4  # in a second, longer run: the difference is the time of iterations alone
 CHECKS = 20  # times that the held-out loss is measured
 
 
@@ -101,6 +101,7 @@ def rehearse(
             quantize(one, plan, its, [Nowhere()])
         return tally.peak[made.execution.device.type], time.perf_counter() - started, one.seconds
 
+    # Also warms up: the first run pays for imports and for the allocator's first pages, so its time is not used.
     first, _, _ = once(1, 1)
     second, short, observed = once(2, 1)
     _, long, _ = once(2, 1 + MORE_ITERS)
@@ -113,6 +114,7 @@ def rehearse(
 def estimate(rehearsal: Rehearsal, iters: int, batch: int, samples: int) -> float:
     """Seconds for the rehearsed block in earnest."""
     each = rehearsal.seconds_per_sample
+    # The rehearsal itself had one iteration on two samples, and every sample went through twice.
     rest = rehearsal.seconds - 2 * rehearsal.seconds_per_iteration - 2 * SAMPLES * each
     tuning = (
         iters * batch * rehearsal.seconds_per_iteration + min(CHECKS, iters) * max(1, samples // 8) * each
@@ -133,7 +135,7 @@ def costs(
 ) -> Costs:
     """`rehearsal` without its hidden states, as a line in the number of samples run at once."""
     one, two = rehearsal.bytes_by_batch[1], rehearsal.bytes_by_batch[2]
-    slope = max(0, two - one)
+    slope = max(0, two - one)  # noise must not make more samples look cheaper
     return Costs(
         base=base, outside=outside, block=block, fixed=max(0, one - slope - SAMPLES * states), per_sample=slope,
         states=states, chains=chains, samples=samples, device=device,
@@ -159,6 +161,7 @@ def choose(
 
     Raises PlanError that names the smallest limit that would do.
     """
+    # Divisors only: a batch must be a whole number of turns.
     sizes = [size for size in range(wanted, 0, -1) if wanted % size == 0]
     tried = [(home, size, *predict(costs, home, size)) for home in homes for size in sizes]
     for home, size, ram, vram in tried:
@@ -179,7 +182,7 @@ def choose(
 
 
 def _rounded(nbytes: int) -> str:
-    return f"{-(-nbytes // 10**7) / 100:.2f}GB"
+    return f"{-(-nbytes // 10**7) / 100:.2f}GB"  # rounded up, so that the number said is enough
 
 
 def spread(weights: Mapping[str, int], devices: Sequence[str]) -> dict[str, str]:

@@ -75,6 +75,7 @@ def quantize(
     Raises ModelError naming a layer that is not finite.
     """
     passes = (Pass(plan, steps, writers), *others)
+    # The most that any step makes use of; gathered once per block for all of them.
     needs = max((step.needs for each in passes for step in each.steps), default=Needs.NOTHING)
     for each in passes:
         for step in each.steps:
@@ -84,6 +85,7 @@ def quantize(
         started = time.perf_counter()
         made = [quantize_block(block, each) for each in passes]
         replaced, report = made[0]
+        # Before the clock stops: moving the activations on is part of a block's time.
         source.done(block, replaced)
         seconds = time.perf_counter() - started
         layers = len({name for weights, _ in made for name in weights})
@@ -119,6 +121,7 @@ def quantize_block(block: Block, job: Pass) -> tuple[Fakes, BlockReport]:
     made = {}
     for name, spec in specs.items():
         q = encode(name, block.weights[name], spec, knobs.get(name, NEUTRAL))
+        # Not the codec's: input ranges are found with the block, and are stored beside its weights.
         q = replace(q, inputs=block.inputs.get(name, NEUTRAL))
         made[name] = q
         for writer in job.writers:
@@ -132,7 +135,7 @@ def tied(block: Block, specs: dict[str, TensorSpec], plan: Plan) -> dict[str, Kn
     sets = [tuple(name for name in specs if name in members) for members in plan.fused]
     alone = [(name,) for name in specs if not any(name in names for names in sets)]
     for names in (*sets, *alone):
-        for spec in {specs[name]: None for name in names}:
+        for spec in {specs[name]: None for name in names}:  # only equal specs can share; in model order
             same = [name for name in names if specs[name] == spec]
             shared = codec_of(spec).tie([block.weights[name] for name in same], spec)
             found.update({name: knobs for name, knobs in zip(same, shared) if knobs})
@@ -154,6 +157,7 @@ def encode(name: str, weight: torch.Tensor, spec: TensorSpec, knobs: Knobs) -> Q
     """The one place where codes are made. Raises SchemeError when a stored parameter overflows its dtype."""
     q = codecs.encode(weight.detach(), spec, knobs)
     for key, tensor in q.params.items():
+        # float16 ends at 65504, and one infinite scale turns a whole group into NaN at load.
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise SchemeError(
                 f"{name}: a {key} of {weight.abs().max().item():.3g}-sized weights overflows {spec.scale_dtype}. "

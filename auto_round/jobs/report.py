@@ -20,7 +20,7 @@ class Report:
     def __init__(self) -> None:
         self._results: list[BlockResult] = []
         self._plan: Plan | None = None
-        self._started = time.perf_counter()
+        self._started = time.perf_counter()  # not the clock, which may be set while a job runs
 
     def started(self, plan: Plan, blocks: int) -> None:
         """Remember the plan."""

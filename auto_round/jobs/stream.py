@@ -77,6 +77,7 @@ def units(source: TensorSource, plan: Plan, finished: Collection[str] = ()) -> l
 
 def _must_agree(spec: TensorSpec) -> bool:
     """Whether the layers of a fused set share parameters under `spec`."""
+    # Asked with a tiny weight: a list of data types that share something would be a second truth.
     return any(codec_of(spec).tie([torch.ones(1, 1)], spec))
 
 
@@ -92,6 +93,7 @@ def stream(
     """Quantize every layer of `plan` and copy every other tensor, `workers` at a time."""
     for step in steps:
         step.prepare(source, plan)
+    # A layer counts once every format has it; one that a single format lacks is made again for all.
     finished = set.intersection(*({*writer.finished} for writer in writers)) if writers else set()
     work: list[Unit | Callable[[], None]] = list(units(source, plan, finished))
     progress = _Progress([unit for unit in work if isinstance(unit, Unit)], observers)
@@ -102,6 +104,7 @@ def stream(
             piece()
             return None
         seen = _Seen()
+        # A small plan, since the loop looks through all of a plan for each block it gets.
         part = plan.only(piece.layers, [frozenset(piece.layers)] if piece.fused else ())
         quantize(One(source, piece), part, steps, writers, [seen])
         return seen.result
@@ -147,7 +150,7 @@ class _Progress:
         """A unit is done."""
         results = self._results.setdefault(result.name, [])
         results.append(result)
-        if len(results) < self._missing[result.name]:
+        if len(results) < self._missing[result.name]:  # units of a block end in any order
             return
         whole = BlockResult(
             result.name,

@@ -37,6 +37,7 @@ def verify(
         config = json.loads((folder / "config.json").read_text())
         found = list(_files(folder, config))
         sheet = _sheet(folder, config, trust_remote_code=trust_remote_code)
+    # A folder that cannot be read is a finding, not a failure of the check.
     except (OSError, ValueError) as error:  # FormatError and ModelError are ValueErrors
         where = "settings" if isinstance(error, FormatError) else "files"
         return [Finding(where, str(folder), str(error))]
@@ -71,6 +72,7 @@ def apply(sheet: Sheet, rules: Iterable[Rule] = CHEAP) -> list[Finding]:
     """All findings of `rules`; a layer that is not what its settings say is not read any further."""
     found: list[Finding] = []
     for rule in rules:
+        # Reading codes in the wrong shape would add noise to a finding that already says what is wrong.
         if rule in DEEP and any(
             finding.rule in ("missing", "shape", "dtype", "described") for finding in found
         ):

@@ -17,6 +17,7 @@ Result = TypeVar("Result")
 
 def cores() -> int:
     """Processor cores that this process may use."""
+    # A container may have fewer than the machine.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -37,6 +38,7 @@ def in_threads(
     running: set[Future[Result]] = set()
 
     def fill() -> None:
+        # As many again as are under way: enough to read ahead, few enough to fit the cache of the system.
         while len(queue) < 2 * workers:
             item = next(waiting, None)
             if item is None:
@@ -56,6 +58,7 @@ def in_threads(
                 yield future.result()
 
 
+# OpenMP keeps the number per thread, so each worker has to be told itself.
 def _alone() -> None:
     torch.set_num_threads(1)
 

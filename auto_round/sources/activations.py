@@ -40,7 +40,7 @@ class Limits:
             self.low = low if self.low is None else torch.minimum(self.low, low)
             self.high = high if self.high is None else torch.maximum(self.high, high)
             flat = x.flatten()
-            self.sample.append(flat[:: -(-flat.numel() // SAMPLED)].clone())
+            self.sample.append(flat[:: -(-flat.numel() // SAMPLED)].clone())  # a view would keep all of `x`
 
     def within(self, percentile: float) -> tuple[Tensor, Tensor] | None:
         """Limits that hold `percentile` per cent of the inputs, as much outside on either side; None without inputs."""
@@ -49,7 +49,7 @@ class Limits:
         if percentile >= 100:
             return self.low, self.high
         values = torch.cat(self.sample).sort().values
-        outside = round(len(values) * (100 - percentile) / 200)
+        outside = round(len(values) * (100 - percentile) / 200)  # half of it on either side
         return values[outside], values[len(values) - 1 - outside]
 
 
@@ -64,6 +64,7 @@ def quantized_inputs(modules: Mapping[str, nn.Module], grids: Mapping[str, Input
     def hook(grid: InputGrid) -> Any:
         def replaced(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x = args[0]
+            # By identity, which costs nothing: transformers hands q, k and v the very same tensor.
             if not (last and last[0][0] is x and _same(last[0][1], grid)):
                 last[:] = [(x, grid, fake_inputs(x, grid.spec, grid.fixed))]
             return (last[0][2], *args[1:])

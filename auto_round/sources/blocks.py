@@ -52,6 +52,7 @@ class LiveSource(Source):
             modules = [self.model.get_submodule(name) for name in blocks]
             recorder = Recorder(self.model, modules)
             chain, calls = (None, None) if self._needs is Needs.NOTHING else self._capture(recorder, blocks)
+            # What leaves the last block is needed only by layers outside; else its quantized run can be saved.
             self._last_block = "" if outside else blocks[-1]
             for index, (name, module) in enumerate(zip(blocks, modules, strict=True)):
                 gather = name not in finished
@@ -108,6 +109,7 @@ class LiveSource(Source):
             block.release()
         if isinstance(block, (LiveBlock, OutsideBlock)) and self._home.keeps:
             block.settle(replaced)
+        # A block's weights are gone before the next ones are read: one is in memory at a time.
         self._home.drop(block.name)
 
     def _block(
@@ -134,6 +136,7 @@ class LiveSource(Source):
         pair = padded * 2 or [0, min(1, len(tokens) - 1)]
         one, other = (self._record(recorder, [row]) for row in pair)
         both = self._record(recorder, pair)
+        # Calls of all samples are kept only if they differ: as a rule masks and rotary tables do not.
         every = mask is not None or varies(one, other)
         plain = self.execution.rows((len(tokens), *one.hidden.shape[1:]))
         own: list[tuple[Call, ...]] = []
@@ -150,6 +153,7 @@ class LiveSource(Source):
         ]
         self._home.drop()
         same = self._needs is not Needs.FORWARD or not self.execution.quantized_inputs
+        # Where nothing is tuned on quantized inputs both chains are the same, and memory holds one.
         return Chain(plain, plain if same else plain.copy()), calls
 
     def _record(self, recorder: Recorder, rows: list[int]) -> Pass:

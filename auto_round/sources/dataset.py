@@ -73,7 +73,7 @@ def load_calibration(
         rows = rows_of(columns_or_rows(dataset), tokenizer, Part(names), request.seqlen)
         samples = _Samples.of(rows, request, limit=request.nsamples)
     if not samples.kept:
-        would_do = samples.longest // 32 * 32 or samples.longest
+        would_do = samples.longest // 32 * 32 or samples.longest  # a round number for the message
         raise DataError(
             f"dataset {names}: no usable calibration sample: none of {samples.seen} has {request.seqlen} tokens, the "
             f"longest has {samples.longest}. Use --seqlen {would_do} or less, or the option concat=True"
@@ -133,6 +133,7 @@ def _interleave(parts: Sequence[tuple[Part, _Samples]], request: Request) -> _Sa
     rows = [
         row for part, found in parts for row in found.kept[: part.num or (share if len(parts) > 1 else None)]
     ]
+    # A generator of our own: the global one belongs to the program that calls us.
     random.Random(request.seed).shuffle(rows)
     unused = sum(len(found.kept) for _, found in parts) - len(rows)
     return _Samples(

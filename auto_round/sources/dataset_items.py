@@ -18,7 +18,7 @@ from auto_round.sources.dataset_spec import Part
 logger = logging.getLogger("auto_round")
 
 SUFFIXES = (".json", ".jsonl", ".txt", ".parquet")
-MISSING = object()
+MISSING = object()  # None may be an item
 
 
 def alternating(sources: Iterable[Iterable[Any]]) -> Iterator[Any]:
@@ -67,6 +67,7 @@ def _file(path: Path, part: Part) -> Iterator[Any]:
             raise DataError(
                 f"dataset {str(path)!r}: kind {path.suffix!r} is not known; use {', '.join(SUFFIXES)}"
             )
+    # TypeError: valid JSON that is neither a list nor an object.
     except (json.JSONDecodeError, UnicodeDecodeError, OSError, TypeError) as error:
         raise DataError(f"dataset {str(path)!r} cannot be read: {error}") from error
 

@@ -133,11 +133,13 @@ def _tokenized(item: Any, tokenizer: Any, part: Part) -> Tensor:
             )
         else:
             item = "\n\n".join(turn["content"] for turn in turns)
+    # Not verbose: tokenizers warn of texts longer than the model takes, and these are cut anyway.
     return torch.tensor(tokenizer(item, verbose=False)["input_ids"], dtype=torch.int64)
 
 
 def _concatenated(rows: Iterable[Row], tokenizer: Any, seqlen: int) -> Iterator[Row]:
     """All samples one after the other, without their BOS and EOS, cut to the wanted length."""
+    # Inside a sample that is cut anywhere, marks of a text's ends would say something untrue.
     special = set() if tokenizer is None else {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
     held: list[int] = []
     for tokens, mask in rows:

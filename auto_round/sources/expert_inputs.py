@@ -56,16 +56,18 @@ class ExpertInputs:
         """Gather while the module runs; `starved_only` sends every token to the starved experts instead."""
         starved = list(self.starved) if starved_only else []
         for expert in starved:
-            self._sums.pop(("in", expert), None)
+            self._sums.pop(("in", expert), None)  # its few tokens are among all those that follow
             self._sums.pop(("out", expert), None)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden, *routing = (*args, *kwargs.values())
+            # In float32: a sum of squares in bfloat16 stops growing once it is 256 times its terms.
             with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
                 if starved_only:
                     self._add_all(hidden, routing, starved)
                 else:
                     self._add_routed(hidden, routing)
+            # The instance's own is this function now.
             return type(self.module).forward(self.module, *args, **kwargs)
 
         with replaced_forwards([self.module], [forward]):
@@ -90,6 +92,7 @@ class ExpertInputs:
                 yield hidden[(routing[0] == expert).any(-1) & counting]
             return
         for own in hidden.chunk(self.experts.count):
+            # Llama 4 hands every expert all tokens, those of others multiplied by a score of zero.
             yield own[(own != 0).any(-1) & self._mask(len(own), own.device)]
 
     def _mask(self, count: int, device: torch.device) -> Tensor:

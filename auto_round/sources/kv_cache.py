@@ -34,6 +34,7 @@ class _Ranges(DynamicCache):
 
     def _largest(self, states: Tensor) -> Tensor:
         if self.valid is not None:
+            # Padding may be far out, and a server never stores it.
             states = states.transpose(1, 2)[self.valid.to(states.device)]
         return states.abs().amax().float().cpu()
 

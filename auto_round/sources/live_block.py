@@ -82,7 +82,7 @@ class LiveBlock(Block):
         self.name, self.module, self._layers, self._execution = name, module, layers, execution
         self._experts = tuple(experts)
         self._dtypes = {key: tensor.dtype for key, tensor in module.state_dict().items()}
-        self._home = next(module.parameters()).device
+        self._home = next(module.parameters()).device  # where `settle` puts the block back
         module.to(execution.device)
         self._moves = [
             hook
@@ -103,6 +103,7 @@ class LiveBlock(Block):
         """Give the block its inputs, after which it can be run."""
         self._chain, self._calls, self._valid = chain, calls, valid
         self.samples = chain.plain.shape[0]
+        # After `weights` was made, which keeps the tensors as stored: codes are made from those, losses in float32.
         self.module.float()
 
     def observe(self, *, statistics: bool) -> None:
@@ -132,7 +133,7 @@ class LiveBlock(Block):
                     self._forward(self._chain.plain, rows, None)
         self._importance.update(experts.importance())
         self._limits.update(experts.limits())
-        for name in experts.blind:
+        for name in experts.blind:  # few tokens, and no way to send it more: weights alone
             self._importance.pop(name, None)
 
     def _submodule(self, layer: str) -> nn.Module:
@@ -211,6 +212,7 @@ class LiveBlock(Block):
             )
 
         with (
+            # A run with its own weights is never differentiated; a graph would only hold its activations.
             torch.set_grad_enabled(bool(parameters) and torch.is_grad_enabled()),
             self._execution.autocast(),
             self._quantized_inputs(self._grids if parameters else {}),
@@ -234,7 +236,7 @@ class LiveBlock(Block):
         if quantized:
             for rows in self.batches():
                 self._chain.quantized[rows] = self._forward(self._chain.quantized, rows, replaced)
-        self._chain.plain = self._targets
+        self._chain.plain = self._targets  # the float output is there already
         if not self._execution.quantized_inputs:
             self._chain.quantized = self._chain.plain
 
@@ -249,6 +251,7 @@ class LiveBlock(Block):
         for name, value in parameters_for(self._layers, replaced, self._parameter).items():
             self._parameter(name).data = value
         for key, tensor in self.module.state_dict(keep_vars=True).items():
+            # By .data: whoever else holds these parameters, the user for one, keeps seeing them.
             tensor.data = tensor.data.to(self._home, self._dtypes[key]).contiguous()
 
     def _inside(self, name: str) -> str:

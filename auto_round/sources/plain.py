@@ -225,9 +225,8 @@ def _spread(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
         return scale.reshape(-1, *[1] * (len(shape) - 1))
     for axis, size in enumerate(shape):
         if scale.shape[axis] not in (1, size):
-            block = (
-                1 << max(0, -(-size // scale.shape[axis]) - 1).bit_length()
-            )  # blocks have powers of two, 128
+            # Sizes of blocks are powers of two, as a rule 128; the last block may be partly outside.
+            block = 1 << max(0, -(-size // scale.shape[axis]) - 1).bit_length()
             scale = scale.repeat_interleave(block, axis).narrow(axis, 0, size)
     return scale
 
@@ -240,8 +239,10 @@ def _mxfp4(name: str, blocks: TensorInfo, dtype: torch.dtype) -> Derived:
 
     def make(tensors: Mapping[str, Tensor]) -> Tensor:
         codes = tensors[f"{name}{BLOCKS}"]
+        # The low half of a byte is the even column.
         pairs = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
         scale = e8m0_value(tensors[f"{name}{SCALES_OF_BLOCKS}"]).unsqueeze(-1)
+        # GPT-OSS keeps its plain experts transposed, (E, I, O), and its packed ones by rows.
         return (signed[pairs.int()] * scale).reshape(-1, rows, columns).transpose(1, 2)
 
     parts = (f"{name}{BLOCKS}", f"{name}{SCALES_OF_BLOCKS}")

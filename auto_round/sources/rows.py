@@ -83,6 +83,7 @@ class FileRows(Rows):
     def __init__(self, shape: tuple[int, ...], folder: Path | None) -> None:
         self.shape, self._folder = shape, folder
         self._each = math.prod(shape[1:]) * torch.float32.itemsize
+        # Without a name where the system allows it, so that a killed run leaves nothing behind.
         self._file: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open as long as it is used
         weakref.finalize(self, self._file.close)
 

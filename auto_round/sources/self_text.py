@@ -68,8 +68,9 @@ def _drawn(
     device, past, newest = next(model.parameters()).device, None, tokens
     while tokens.shape[1] < length:
         out = model(input_ids=newest.to(device), past_key_values=past, use_cache=True)
+        # Drawn on the CPU: generators of other devices give other numbers for the same seed.
         past, logits = out.past_key_values, out.logits[:, -1].float().cpu()
-        logits[:, barred] = -torch.inf
+        logits[:, barred] = -torch.inf  # what follows the end of a text is noise
         newest = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         tokens = torch.cat([tokens, newest], 1)
         if told is not None:

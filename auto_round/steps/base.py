@@ -71,7 +71,7 @@ class Stack:
         self.gram, self.spec, self._codec = gram, spec, codec_of(spec)
         self._before = {name: knobs.get(name, NEUTRAL) for name in weights}
         self.weight = torch.cat([weight.float() for weight in weights.values()])
-        self.size = group_size((1, self.weight.shape[1]), spec.group)
+        self.size = group_size((1, self.weight.shape[1]), spec.group)  # -1, or more than a row, is the row
         made = [self._codec.quantize(weights[name], spec, own) for name, own in self._before.items()]
         self.fake = torch.cat([self._codec.dequantize(q) for q in made])
         grids = [self._loaded(q) for q in made]
@@ -100,6 +100,7 @@ class Stack:
 
     def snap(self, values: Tensor, grid: Knobs) -> Tensor:
         """What can be stored nearest to `values`."""
+        # The codec's own rounding, so that what is compared here is what `quantize` will make of the knobs.
         found = self._codec.snap(values, self.spec, grid)
         assert found is not None, "a stack is made of layers whose codec can hold a grid"
         return found
@@ -119,6 +120,7 @@ class Stack:
         grid = self.grid if scale is None else {**self.grid, "scale": self._codec.storable(scale, self.spec)}
         shape = (self.weight.shape[0], self.weight.shape[1])
         fake = merge(self.snap(split(moved, self.spec.group), grid), shape, self.spec.group)
+        # Row by row: rows of a layer do not depend on one another, so each keeps its own best.
         better = self.loss(fake) < self.loss(self.fake)
         self.fake, self.moved = torch.where(better, fake, self.fake), torch.where(better, moved, self.moved)
         chosen = better.repeat_interleave(len(grid["scale"]) // shape[0], 0)
@@ -151,6 +153,7 @@ def stacks_of(
         gram, codec = block.importance(name), codec_of(spec)
         wanted = codec.compensates(spec) if selective else codec.holds_grid(spec)
         if gram is not None and gram.ndim == 2 and wanted:
+            # Layers with the very same input share one Gram matrix, found by the identity of the tensor.
             grams[id(gram)] = gram
             alike.setdefault((id(gram), spec), []).append(name)
     return [
@@ -166,10 +169,12 @@ def output_loss(out: Tensor, target: Tensor, valid: Tensor | None, trim: float =
     """
     squared = (out - target).square()
     if trim:
+        # Set to zero, so that no gradient comes from them.
         worst = squared.detach().flatten().topk(max(1, int(trim * squared.numel()))).indices
         squared = squared.flatten().index_fill(0, worst, 0.0).reshape(squared.shape)
     if valid is None:
         return squared.mean()
+    # Padding only: 0, not NaN.
     return (squared * valid.unsqueeze(-1)).sum() / (valid.sum().clamp(min=1) * out.shape[-1])
 
 
@@ -180,5 +185,5 @@ def loss_on(block: Block, rows: Sequence[int], fakes: Mapping[str, Tensor], batc
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         loss = output_loss(block.run(part, fakes), block.target(part), block.valid(part))
-        total, count = total + loss.item() * len(part), count + len(part)
+        total, count = total + loss.item() * len(part), count + len(part)  # the last part may be smaller
     return total / max(1, count)

@@ -17,13 +17,7 @@ from auto_round.core.quantized import Knobs
 from auto_round.sources.base import Block, Needs
 from auto_round.steps.base import BlockReport, Stack, Step, stacks_of
 
-DAMPING = (
-    0.01,
-    0.03,
-    0.1,
-    0.3,
-    1.0,
-)  # shares of the mean second moment, tried in turn until H can be inverted
+DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean second moment, tried in turn until H can be inverted
 COLUMNS = 64  # columns whose errors are passed on to the rest at once
 
 
@@ -62,10 +56,12 @@ def inverse_factor(gram: Tensor) -> Tensor:
     for share in DAMPING:
         lower, failed = torch.linalg.cholesky_ex(gram + torch.diag((share * mean).expand(len(gram))))
         if not bool(failed):
+            # The _ex forms tell of failure; the plain ones would raise for a matrix that more damping saves.
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not bool(failed):
                 factor: Tensor = upper
                 return factor
+    # No damping helped: nothing is passed on, plain rounding.
     return torch.diag((gram.diagonal() + mean).rsqrt())
 
 
@@ -74,8 +70,10 @@ def rounded_in_order(stack: Stack) -> Tensor:
 
     Eq. 2 and 3 of arXiv:2210.17323, with the lazy updates of its section 3.3.
     """
+    # The loudest channels first, while there are still many others to make up for their errors.
     order = stack.gram.diagonal().argsort(descending=True)
     upper, grids = inverse_factor(stack.gram[order][:, order]), stack.columns()
+    # Columns as rows of memory, since they are worked on one at a time.
     rest, places = stack.weight.t()[order].contiguous(), (order // stack.size).tolist()
     for start in range(0, len(rest), COLUMNS):
         end = min(start + COLUMNS, len(rest))
@@ -84,6 +82,7 @@ def rounded_in_order(stack: Stack) -> Tensor:
             error = (rest[j] - stack.snap(rest[j], grids[places[j]])) / upper[j, j]
             rest[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
             errors[j - start] = error
+        # Once per block of columns: a matrix product in place of many passes over what is left.
         rest[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)
     return rest[order.argsort()].t()
 
@@ -95,7 +94,7 @@ def swept(stack: Stack) -> Tensor:
     slope = gram @ (values - stack.weight.t())  # half the gradient of tr(D H D') in D; a row for each column
     wanted = values.clone()
     for j in gram.diagonal().argsort(descending=True).tolist():
-        if gram[j, j] > 0:
+        if gram[j, j] > 0:  # without any input, every weight is as good
             wanted[j] = values[j] - slope[j] / gram[j, j]
             new = stack.snap(wanted[j], grids[j // stack.size])
             slope.addr_(gram[j], new - values[j])

@@ -41,7 +41,7 @@ class InputRanges(Step):
         limits = shared_limits(
             {name: block.input_limits(name, self.percentile) for name in static}, plan.fused
         )
-        nothing = torch.zeros(())
+        nothing = torch.zeros(())  # for inputs whose range is found at run time: it is not looked at
         stored = {
             name: stored_inputs(act, *limits.get(name, (nothing, nothing))) for name, act in chosen.items()
         }
@@ -71,6 +71,7 @@ def shared_limits(found: dict[str, Limits | None], fused: Iterable[frozenset[str
             )
         limits[name] = _widest(siblings)
     for members in fused:
+        # Servers multiply one input by the merged matrix, so its layers must have the same scale for it.
         together = [limits[name] for name in members if name in limits]
         limits.update(
             dict.fromkeys((name for name in members if name in limits), _widest(together)) if together else {}

@@ -48,6 +48,7 @@ def best_factors(stack: Stack) -> Tensor:
     found = []
     for part in torch.arange(rows, device=stack.weight.device).split(max(1, ROWS // (count * columns))):
         fake = stack.fake[part]
+        # F_g as a full row with zeros elsewhere: one product with the Gram matrix for all groups.
         spread = torch.zeros(len(part), count, columns, device=fake.device)
         for g in range(count):
             here = slice(g * stack.size, (g + 1) * stack.size)
@@ -57,7 +58,9 @@ def best_factors(stack: Stack) -> Tensor:
         wanted = seen @ stack.weight[part].unsqueeze(-1)
         power = system.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
         system += torch.diag_embed((RIDGE * power).unsqueeze(1).expand(-1, count))
+        # On both sides, so that what the data do not determine stays at a factor of 1.
         wanted += (RIDGE * power)[:, None, None]
         found.append(torch.linalg.solve(system, wanted).reshape(-1, 1))
     factors = torch.cat(found)
+    # Beyond, or NaN, the system was ill-conditioned: such a scale would only fit rounding errors.
     return torch.where((factors > 0.25) & (factors < 4.0), factors, torch.ones_like(factors))

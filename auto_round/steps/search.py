@@ -37,6 +37,7 @@ class Search(Step):
             brief = codec.holds_grid(spec) if self.brief else self.selective and codec.compensates(spec)
             if brief and importance is not None and importance.ndim == 2:
                 importance = importance.diagonal()
+            # `before` holds what a fused set shares, which a search may not change.
             better = codec.search(block.weights[name], spec, importance, before)
             found[name] = {**before, **better}
         report.kept = "searched"

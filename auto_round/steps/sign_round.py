@@ -24,10 +24,7 @@ from auto_round.sources.base import Block, Needs
 from auto_round.steps.base import BlockReport, Step, fakes_of, loss_on, output_loss, specs_of
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 8, 16  # an eighth of the samples, at most 16
-CHECKS, CHECK_STEPS = (
-    10,
-    5,
-)  # the held-out loss is measured that often while tuning, at least so many steps apart
+CHECKS, CHECK_STEPS = 10, 5  # held-out losses while tuning, at least so many steps apart
 BFLOAT16_NOISE = 2.0**-18 / 3  # mean squared relative error of rounding to 8 significant bits, at most
 TRIMMED = 0.001  # share of the outputs that an outlier-trimmed loss leaves out
 LOSS_FACTOR = 1000.0  # keeps small gradients out of underflow; their sign is all that counts
@@ -106,7 +103,7 @@ class SignRound(Step):
             return knobs
         train, held_out = self._split_samples(block.samples)
         candidates: dict[str, dict[str, Knobs]] = {"plain": dict(block.tied)}
-        if any(own is not block.tied.get(name) for name, own in knobs.items()):
+        if any(own is not block.tied.get(name) for name, own in knobs.items()):  # else no step found anything
             candidates[report.kept] = knobs
         for name, candidate in candidates.items():
             report.losses[name] = loss_on(block, held_out, fakes_of(block, plan, candidate), self.batch_size)
@@ -181,6 +178,7 @@ class SignRound(Step):
         if len(names) > 1:
             weight = torch.cat([block.weights[name] for name in names])
             shared = set.intersection(*(set(knobs) for knobs in own))
+            # Knobs have an entry per group, so they stack as the rows do.
             fixed = {key: torch.cat([knobs[key] for knobs in own]) for key in shared}
         return Batch(
             names, rows, codec_of(spec).tuner(weight, spec, fixed), self._trainables(spec, weight, fixed)
@@ -197,10 +195,12 @@ class SignRound(Step):
             own = rate if knob.per_value else (self.minmax_lr or rate)
             first = start.get(name, torch.full(knob.shape, knob.neutral, device=weight.device))
             if knob.per_value:
+                # Not in place: the incoming knobs are a candidate of their own.
                 first = first * self.offset_share
             # A range that was searched may also grow; one that spans all values of its group only shrinks.
             searched = bool(start) and codec.holds_grid(spec) and not knob.per_value
             most = 2 * knob.neutral - knob.low if searched else knob.high
+            # Bounds move with the start: an offset may go half a code either way from where it begins.
             low, high = first + (knob.low - knob.neutral), first + (most - knob.neutral)
             found[name] = Trainable(first.clone().requires_grad_(), low, high, own, first.clone())
         return found
@@ -211,6 +211,7 @@ class SignRound(Step):
         for start in range(0, len(rows), self.batch_size):
             part = rows[start : start + self.batch_size]
             out = block.run(part, _fakes(batches))
+            # So that micro-batches of any size add up to the mean over the step.
             share = len(part) / len(rows)
             loss = output_loss(out, block.target(part), block.valid(part), trim) * share
             (loss * LOSS_FACTOR).backward()
@@ -233,18 +234,19 @@ class SignRound(Step):
                 _clamp(trainables)
 
             return adam_step
+        # Nothing to hold without momentum: the buffer of the rounding knob alone is as large as the weights.
         buffers = [torch.zeros_like(t.value) for t in trainables] if self.momentum else []
 
         @torch.no_grad()
         def sign_step(decay: float) -> None:
             for index, t in enumerate(trainables):
                 grad = t.value.grad
-                if grad is None:
+                if grad is None:  # of starved experts, whose weights are detached
                     continue
                 if buffers:
                     grad = buffers[index].mul_(self.momentum).add_(grad)
                 t.value.sub_(grad.sign(), alpha=t.rate * decay)  # Eq. 3: V <- V - lr * sign(dL/dV)
-                t.value.grad = None
+                t.value.grad = None  # freed, not zeroed
             _clamp(trainables)
 
         return sign_step
@@ -263,7 +265,7 @@ class SignRound(Step):
 
 def _draws(rows: list[int], size: int, generator: torch.Generator) -> Iterator[list[int]]:
     """Endless batches of distinct samples; every sample is used before any is used again."""
-    size = min(size, len(rows))
+    size = min(size, len(rows))  # a batch never holds a sample twice
     ring: list[int] = []
     while True:
         if len(ring) < size:
@@ -276,6 +278,7 @@ def _alike(block: Block, specs: Mapping[str, TensorSpec]) -> list[tuple[str, ...
     """The layers of `block` in batches; those whose rows are not independent of one another are alone."""
     found: dict[object, list[str]] = {}
     for name, spec in specs.items():
+        # Same spec and width: stacked, they are one product and one kernel where each alone would be small.
         apart = codec_of(spec).holds_grid(spec)
         found.setdefault((spec, block.weights[name].shape[1]) if apart else name, []).append(name)
     return [tuple(names) for names in found.values()]
@@ -296,7 +299,7 @@ def _keep(trainables: list[Trainable], loss: float, best_loss: float) -> float:
     if loss >= best_loss:
         return best_loss
     for t in trainables:
-        t.best.copy_(t.value)
+        t.best.copy_(t.value)  # in place: nothing is allocated while tuning
     return loss
 
 

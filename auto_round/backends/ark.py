@@ -33,6 +33,7 @@ class ArkLinear(Kernel):
     def settle(self, q: Quantized) -> None:
         """Repack `q` for the library."""
         rows, middle_code = q.shape[0], middle(q.spec)
+        # The library takes signed codes; zero points move along.
         codes = (merge(q.codes, q.shape, q.spec.group).to(torch.int16) - middle_code).to(torch.int8)
         scale = q.params["scale"].float().reshape(rows, -1).t().contiguous()
         zero = torch.empty(0, dtype=torch.int8, device=codes.device)
@@ -64,6 +65,7 @@ class ArkLinear(Kernel):
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O), in the dtype of x."""
         rows, columns = self.site.shape
+        # How it is told of none.
         bias = torch.empty(0, dtype=x.dtype, device=x.device) if self.bias is None else self.bias.to(x.dtype)
         flat = x.reshape(-1, columns).contiguous()
         size, _, *rest = self.settings

@@ -99,6 +99,7 @@ class Kernel(nn.Module):
         self.backend, self.site = backend, site
         self.in_features, self.out_features = site.shape[1], site.shape[0]
         self.transposed = False  # whether the plain layer held its weight as (I, O)
+        # From the format's own `write` on meta tensors: no table of buffers that could differ from the file.
         for suffix, tensor in planned_tensors(site.format, site.spec, site.shape, site.act).items():
             self.register_buffer(suffix, torch.empty_like(tensor))
         self.packed = tuple(name for name, _ in self.named_buffers())
@@ -136,6 +137,7 @@ class Kernel(nn.Module):
             del self._buffers[name]
         self.packed = ()
         for name, tensor in tensors.items():
+            # Not the checkpoint's: see `_save_to_state_dict`.
             self.register_buffer(name, tensor, persistent=False)
 
     @property
@@ -287,6 +289,7 @@ def named(wanted: str) -> dict[str, Backend]:
     key = wanted.strip().casefold()
     if key in ("auto", "none", ""):
         return known
+    # Several may share an alias: "gptq" means the best of AutoGPTQ's kernels, whichever runs here.
     meant = {b.name: b for b in known.values() if key == b.name or key in b.aliases}
     if not meant:
         every = sorted({name for b in known.values() for name in (b.name, *b.aliases)})
@@ -308,6 +311,7 @@ def choose(site: Site, wanted: str = "auto") -> Choice:
         if reason is not None:
             reasons[name] = reason
             continue
+        # Preparing may compile for half a minute, so it comes last and only for a backend that is wanted.
         missing = backend.missing() or backend.prepare()
         if missing is None:
             return Choice(backend, lacking)

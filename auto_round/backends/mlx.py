@@ -24,7 +24,7 @@ class MlxLinear(Kernel):
 
         count = groups_per_row(q.shape, q.spec.group)
         words = packing.pack(merge(q.codes, q.shape, q.spec.group).t(), q.spec.bits).t().contiguous()
-        scale = q.params["scale"].float()
+        scale = q.params["scale"].float()  # numpy, by which arrays change hands, has no bfloat16
         tables = (t.reshape(-1, count).contiguous().numpy() for t in (scale, -zeros_of(q).float() * scale))
         # Held in a tuple: they are no tensors of torch.
         self._arrays = (mx.array(words.numpy()).view(mx.uint32), *(mx.array(table) for table in tables))

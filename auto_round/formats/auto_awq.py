@@ -19,7 +19,7 @@ class AutoAWQ(Format):
     """AWQ tensors; one width, one group size and one symmetry for the whole model."""
 
     name = "auto_awq"
-    dtype = "float16"
+    dtype = "float16"  # the only one that AutoAWQ's kernels compute in
 
     def reject(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """4-bit integers whose groups divide the row."""
@@ -39,7 +39,7 @@ class AutoAWQ(Format):
     def check(self, plan: Plan) -> Plan:
         """As for every format; the one global setting allows no second 4-bit variant. Raises FormatError."""
         plan = super().check(plan)
-        first, *others = plan.quantized() or [""]
+        first, *others = plan.quantized() or [""]  # nothing quantized: nothing to compare
         for name in others:
             if plan[name] != plan[first]:
                 raise FormatError(

@@ -54,6 +54,7 @@ class AutoGPTQ(Format):
         """The inverse of `write`. Raises FormatError for groups that are not runs of neighbours (act-order)."""
         index = tensors.get("g_idx")
         counting = _group_index(spec, shape, torch.device("cpu"))
+        # Act-order permutes columns among groups: our groups are runs, and the codes would get others' scales.
         if index is not None and not torch.equal(index.cpu(), counting):
             raise FormatError(
                 "g_idx does not count up: this checkpoint was made with act-order (desc_act), not supported"
@@ -82,6 +83,7 @@ class AutoGPTQ(Format):
         kept = {_suffix(name, provenance.blocks) for name in inside if plan[name].weight is not None}
         floats = [name for name in inside if plan[name].weight is None] + unplanned(plan, provenance)
         left = {_suffix(name, provenance.blocks) for name in floats}
+        # By endings: one that is float here and quantized there cannot be said so, and is left to `dynamic`.
         if left and not kept & left:
             config["modules_in_block_to_quantize"] = [sorted(kept)]
         return dict(sorted(config.items()))
@@ -114,6 +116,7 @@ def _dynamic(plan: Plan, base: Scheme) -> dict[str, dict[str, object]]:
         if scheme == base:
             continue
         ending = name.rsplit(".", 1)[-1]
+        # One expression for all blocks: a rule for each layer would make thousands of lines of a mixed model.
         uniform = len(endings[ending]) == 1
         pattern = rf".*\.{re.escape(ending)}$" if uniform and "." in name else f"^{re.escape(name)}$"
         if scheme.weight is None:

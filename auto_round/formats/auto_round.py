@@ -88,8 +88,10 @@ class Chooser(Format):
         if any(_needs_floats(scheme) for scheme in plan.values()):
             return format_named(FLOATS)
         specs = {spec for name in plan.quantized() if (spec := plan[name].weight) is not None}
+        # The packing that most readers know; its shifted zero points are harmless where all are the middle code.
         if all(spec.sym for spec in specs):
             return format_named(GPTQ)
+        # AWQ kernels have no short last group.
         divides = all(_divides(plan[name], plan.shapes[name]) for name in plan.quantized())
         if divides and all(not spec.sym and spec.bits == AWQ_BITS for spec in specs):
             return format_named(AWQ)

@@ -90,6 +90,7 @@ class Floats(Format):
             more["activation_scheme"] = "static" if static else "dynamic"
         if spec is not None and not (isinstance(spec.group, int) and spec.group):
             more["weight_group_size"] = base.to_flat()["group_size"]
+            # Any number that transformers takes.
             more["group_size"] = -1 if spec.group == 0 else spec.group[1]
         if spec is not None and isinstance(spec.group, tuple):
             more["weight_block_size"] = list(spec.group)
@@ -97,7 +98,7 @@ class Floats(Format):
 
 
 def _zero_offset(spec: TensorSpec) -> int:
-    return 1 if spec.sym else 0
+    return 1 if spec.sym else 0  # as the packing that `auto_round` would choose for integers alone
 
 
 def _packing(base: Scheme) -> str:

@@ -108,6 +108,7 @@ class Format(ABC):
         Raises FormatError naming the layer when a setting of the user's cannot be held.
         """
         for name in plan.quantized():
+            # Shapes first: what cannot be cut stays float whatever its scheme, and is no reason to stop.
             reason = self.keep_float(plan.shapes[name])
             if reason:
                 plan = plan.override({name: None}, reason)
@@ -115,6 +116,7 @@ class Format(ABC):
             reason = self.reject(plan[name], plan.shapes[name])
             if reason:
                 raise FormatError(f"{name}: {reason}")
+        # Formats often remark the same.
         return plan.noted(*(remark for remark in self.remarks(plan) if remark not in plan.notes))
 
 
@@ -188,6 +190,7 @@ def departures(plan: Plan, base: Scheme, blocks: Iterable[str]) -> dict[str, dic
 def base_of(plan: Plan) -> Scheme:
     """The scheme to state globally: the user's, or that of the first quantized layer when nothing has the user's."""
     used = [plan[name] for name in plan.quantized()]
+    # Readers take what is stated globally for every layer without settings of its own, so some layer must have it.
     return plan.base if plan.base in used or not used else used[0]
 
 
@@ -208,6 +211,7 @@ def auto_round_config(
     inside = tuple(f"{block}." for block in provenance.blocks)
     for name in (*provenance.float_layers, *unplanned(plan, provenance)):
         if name.startswith(inside):
+            # Readers go by prefix: without an entry a float matrix inside the blocks would be taken for quantized.
             extra[name] = FLOAT.to_flat()
     if extra:
         config["extra_config"] = extra

@@ -33,6 +33,7 @@ class FP8(Format):
             return None
         if spec.dtype != "fp" or spec.variant or not isinstance(spec.group, tuple):
             return f"fp8 stores E4M3 weights in blocks, got {spec}. {REMEDY}"
+        # The file says nothing about inputs but "dynamic": readers take groups as wide as a block.
         if act is None or act.dtype != "fp" or not act.dynamic or act.group != spec.group[1]:
             return f"fp8 means dynamic FP8 inputs in groups of {spec.group[1]}, got {act}. {REMEDY}"
         return None

@@ -180,6 +180,7 @@ class GGUF(Format):
         mixture, notes = self._mixture(plan, config)
         plan, changes = plan.noted(*notes), dict[str, dict[str, Scheme | None]]()
         for name, site in _sites(plan, language_config(config)).items():
+            # A reason in the plan means that somebody chose: the mixture has no say there.
             chosen, why = _asked_for(name, plan) if name in plan.why else self._choose(site, mixture, plan)
             if plan[name].weight is None or chosen is None:
                 continue
@@ -257,7 +258,7 @@ def _fitting(type_: str, columns: int) -> tuple[str | None, str]:
     """`type_`, or what rows of `columns` values get instead (None: floating point), and why."""
     if columns % 32:
         return None, f"rows of {columns} are no multiple of 32"
-    if columns % 256 and type_ in NARROW:
+    if columns % 256 and type_ in NARROW:  # super-blocks of 256 values never run over the end of a row
         return NARROW[type_], f"rows of {columns} are no multiple of 256: {NARROW[type_]} instead of {type_}"
     return type_, ""
 
@@ -294,9 +295,11 @@ def _sites(plan: Plan, config: Mapping[str, Any]) -> dict[str, Site]:
         parts = place.name.split(".")
         part = parts[-2] if len(parts) > 1 else place.name
         found[layer] = Site(
+            # llama.cpp multiplies by a tied embedding as the head, so its choice is the head's.
             part="output" if part == "token_embd" and tied else part,
             index=int(parts[1]) if parts[0] == "blk" else 0,
             blocks=blocks,
+            # Values that many queries share are few, so that more bits for them cost little.
             grouped=heads(config) // kv_heads(config),
             experts=_experts(config),
             falcon=architecture.name == "falcon",

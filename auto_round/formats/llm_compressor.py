@@ -130,6 +130,7 @@ class LLMCompressor(Format):
         codes = merge(q.codes, q.shape, q.spec.group)
         scale = q.params["scale"].reshape(group_rows(q.shape, q.spec.group), -1)
         if q.spec in self.plain:
+            # Through int16, as codes are unsigned bytes and go below zero here.
             signed = (codes.to(torch.int16) - middle(q.spec)).to(torch.int8)
             return {"weight": signed, "weight_scale": scale, **input_tensors(q)}
         tensors = {
@@ -176,7 +177,7 @@ class LLMCompressor(Format):
             raise FormatError(
                 f"static_kv_dtype={dtype!r}: readers of {self.name} know {', '.join(CACHE_DTYPES)} only"
             )
-        least, top = torch.finfo(torch.float32).tiny, E4M3.top
+        least, top = torch.finfo(torch.float32).tiny, E4M3.top  # never zero: readers divide by it
         return {
             f"{path}.{kind}_scale": (largest / top).clamp(min=least).reshape(1)
             for path, pair in ranges.items()
@@ -189,6 +190,7 @@ class LLMCompressor(Format):
         blocks = tuple(f"{block}." for block in provenance.blocks)
         for name in plan.quantized():
             groups[_as_stored(plan[name], plan.shapes[name])].append(name)
+        # The scheme of most layers in blocks is said once, for "Linear"; only the others are named.
         common = max(groups, key=lambda scheme: sum(name.startswith(blocks) for name in groups[scheme]))
         entries: list[tuple[Scheme, list[str]]] = []
         for scheme, names in groups.items():

@@ -67,6 +67,7 @@ class MLX(Format):
         codes = merge(q.codes, q.shape, q.spec.group).t()
         scale = q.params["scale"]
         bias = bias_of(q)
+        # The bias is up to 2^bits times the scale, which itself fitted.
         if bias.device.type != "meta" and not bool(torch.isfinite(bias).all()):
             raise FormatError(f"a bias overflows {q.spec.scale_dtype}. Use --scale_dtype float32")
         return {
@@ -103,6 +104,7 @@ class MLX(Format):
         described = super().describe(config, plan, provenance)
         rotary = config.get("rope_parameters") or {}
         if isinstance(rotary.get("rope_theta"), (int, float)):
+            # transformers 5 moved it below rope_parameters, where mlx-lm does not look.
             described.setdefault("rope_theta", rotary["rope_theta"])
             if rotary.get("rope_type", "default") != "default":
                 described.setdefault("rope_scaling", rotary)
@@ -118,7 +120,7 @@ def quantization(plan: Plan, provenance: Provenance) -> dict[str, object]:
             {"group_size": group_size(plan.shapes[name], spec.group), "bits": spec.bits} if spec else False
         )
     named = [entry for entry in layers.values() if entry]
-    most = max(named, key=named.count)
+    most = max(named, key=named.count)  # entries are few kinds of dicts, compared by value
     assert isinstance(most, dict), "entries are settings or False"
     return {**most, "mode": "affine", **layers}
 

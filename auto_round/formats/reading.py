@@ -70,6 +70,7 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _auto_round(settings: Mapping[str, Any], layers: Collection[str], inside: Collection[str]) -> Described:
+    # A file that is silent about inputs leaves them alone.
     base = Scheme.from_flat({"act_bits": FLOAT_BITS, **_flat(settings)})
     extra: Mapping[str, Any] = settings.get("extra_config") or {}
     prefixes = tuple(
@@ -109,6 +110,7 @@ def _gptq(settings: Mapping[str, Any], layers: Collection[str], inside: Collecti
             if scheme.weight is not None and re.match(rule[2:], name):
                 scheme = FLOAT if rule.startswith("-:") else Scheme.from_flat(changes, scheme)
         schemes[name] = scheme
+    # GPTQ's first convention stores zero points less one; the second, which has a name of its own, as they are.
     shifted = settings.get("checkpoint_format") != "gptq_v2"
     return Described(format_named("auto_gptq" if shifted else "auto_round:gptqmodel"), schemes)
 
@@ -125,6 +127,7 @@ def _awq(settings: Mapping[str, Any], layers: Collection[str], inside: Collectio
 def _compressed(settings: Mapping[str, Any], layers: Collection[str], inside: Collection[str]) -> Described:
     ignore, schemes = settings.get("ignore") or [], dict.fromkeys(layers, FLOAT)
     named = [("ignore", entry) for entry in ignore if not entry.startswith("re:")]
+    # Last to first, so that of several groups that mean a layer the first one counts.
     for group in reversed((settings.get("config_groups") or {}).values()):
         targets = group.get("targets") or []
         named += [
@@ -195,6 +198,7 @@ def _mlx(settings: Mapping[str, Any], layers: Collection[str], inside: Collectio
     for name in layers:
         own = settings.get(name, settings if name in inside else False)
         if own:
+            # What its biases can say.
             own = {"bits": own["bits"], "group_size": own["group_size"], "sym": False}
         schemes[name] = Scheme.from_flat(own) if own else FLOAT
     named = tuple(("quantization", key) for key, value in settings.items() if isinstance(value, (dict, bool)))

@@ -138,11 +138,13 @@ def _one_tensor(where: str, info: TensorInfo | None, tensor: Tensor, suffix: str
         yield Finding("missing", where, "missing")
         return
     scale = "scale" in suffix
+    # Writers differ in whether a scale per row is (O,) or (O, 1); readers take both.
     shapes = [tuple(size for size in shape if size != 1 or not scale) for shape in (info.shape, tensor.shape)]
     if shapes[0] != shapes[1]:
         yield Finding("shape", where, f"shape {info.shape}, the settings mean {tuple(tensor.shape)}")
     elif not info.shape and suffix.startswith("input_"):
         yield Finding("shape", where, "has no dimension; servers expect one element")
+    # Input scales are used as numbers, in whatever float dtype they come.
     loose = suffix.startswith("input_") and info.dtype in STORAGE.values()
     if info.dtype != tensor.dtype and not loose:
         yield Finding("dtype", where, f"{info.dtype}, the settings mean {tensor.dtype}")

@@ -55,7 +55,7 @@ def infer_target_device(device_map: Any = None) -> str:
         kind = f"cuda:{value}" if isinstance(value, int) else str(value)
         if kind in ("auto", "balanced", "balanced_low_0", "sequential"):
             kind = "cuda" if torch.cuda.is_available() else "cpu"
-        if kind.split(":")[0] not in ("cpu", "disk", "meta"):
+        if kind.split(":")[0] not in ("cpu", "disk", "meta"):  # offloaded parts do not decide
             return kind.split(":")[0]
     return "cpu"
 
@@ -96,6 +96,7 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         parent, _, last = name.rpartition(".")
         owner = model.get_submodule(parent)
         try:
+            # On meta like the layer it replaces: transformers fills its buffers by name.
             built = choice.backend.build(site)
         except SchemeError as error:
             raise FormatError(f"{name}: {error}") from error
@@ -105,7 +106,7 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         if parent:
             owner._is_hf_initialized = True  # type: ignore[assignment]
         kind = f"{site.kind} run on {choice.backend.name} ({choice.backend.summary})"
-        choices[kind] = choice
+        choices[kind] = choice  # one line in the log for layers alike, not one per layer
         counts[kind] += 1
     if not choices:
         raise FormatError(
@@ -129,6 +130,7 @@ def post_init(model: nn.Module, used_backends: list[str]) -> None:
     """After loading: every backend checks and prepares its layers. Raises FormatError for a damaged layer."""
     ours = [module for module in model.modules() if isinstance(module, Kernel)]
     by_torch = [m for m in ours if m.backend == "torch"]
+    # Plain copies of all weights are kept, or of none: first layers must not crowd out later ones.
     needed = sum(m.site.shape[0] * m.site.shape[1] * m.site.dtype.itemsize for m in by_torch)
     cache = needed <= settings().cache_weights_share * available_memory()
     if by_torch:
@@ -247,7 +249,9 @@ def _layer_settings(
     if name in extra:
         return dict(extra[name])
     return next(
-        (dict(value) for key, value in reversed(list(patterns.items())) if re.search(key, name)), None
+        # The last pattern counts, as when the checkpoint was made.
+        (dict(value) for key, value in reversed(list(patterns.items())) if re.search(key, name)),
+        None,
     )
 
 

@@ -17,7 +17,7 @@ def dequantized(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
 
     dtype: of all weights afterwards; None keeps that of each layer. One layer is in memory twice at a time.
     """
-    for name, module in list(model.named_modules()):
+    for name, module in list(model.named_modules()):  # a list, since the tree changes under the walk
         if isinstance(module, Kernel):
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, _plain(module))
@@ -28,6 +28,7 @@ def _plain(layer: Kernel) -> nn.Module:
     """The layer as it was before quantization, in kind."""
     weight = layer.dequantized(layer.site.dtype)
     if layer.transposed:
+        # Empty, as its own constructor would fill a weight of full size with random numbers.
         plain: nn.Module = Conv1D(0, 0)
         plain.nf, plain.nx = layer.out_features, layer.in_features  # type: ignore[assignment]
         weight = weight.t().contiguous()

@@ -49,7 +49,7 @@ def routed(
         return torch.cat([run(expert, tokens) for expert, tokens in enumerate(hidden.chunk(experts.count))])
     index, weights = routing
     out = torch.zeros_like(hidden)
-    for expert in index.unique().tolist():
+    for expert in index.unique().tolist():  # only those that got a token
         token, slot = torch.where(index == expert)
         result = run(expert, hidden[token]) * weights[token, slot, None]
         out.index_add_(0, token, result.to(out.dtype))

@@ -188,6 +188,7 @@ def fuse(pieces: Mapping[Piece, Tensor], original: Tensor) -> Tensor:
             own.get(expert, {}).get(part, replace(like, part=part).of_expert(original[expert]))
             for part in range(like.parts)
         ]
+        # Interleaved: row 0 of gate, row 0 of up, row 1 of gate, and so on.
         joined = torch.stack(parts, 1).flatten(0, 1) if like.interleaved else torch.cat(parts)
         rows.append(joined.t() if like.transposed else joined)
     return torch.stack(rows)
@@ -215,6 +216,7 @@ class ExpertStore(TensorStore):
         if name not in self.pieces:
             return self.raw.get(name)
         piece = self.pieces[name]
+        # One expert's part is read, not all.
         return piece.of_expert(self.raw.row(piece.tensor, piece.expert)).contiguous()
 
     def fingerprint(self) -> str:
@@ -267,6 +269,7 @@ class FusedTensors(Container[str]):
         piece = self._store.pieces[name]
         with self._lock:
             if piece.tensor not in self._begun:
+                # From the source, whose matrices stay where none comes; it may be a live model's own, hence the clone.
                 self._begun[piece.tensor] = self._store.get(piece.tensor).clone()
             piece.of(self._begun[piece.tensor]).copy_(matrix)
             self._missing[piece.tensor].discard(name)

@@ -152,8 +152,8 @@ def has_weights(folder: Path) -> bool:
 def of_live_model(model: nn.Module, tokenizer: Any) -> ModelFiles:
     """The files of a live model: its state dict, its config, and the objects that save themselves."""
     config = model.config.to_dict()  # type: ignore[union-attr, operator]
-    config["architectures"] = [type(model).__name__]
-    config.pop("_name_or_path", None)
+    config["architectures"] = [type(model).__name__]  # as saving would do: a live configuration may lack it
+    config.pop("_name_or_path", None)  # a path of this machine
     savers = [tokenizer, getattr(model, "generation_config", None)]
     return ModelFiles(
         store=live_store(model), config=config, savers=tuple(s for s in savers if s is not None)

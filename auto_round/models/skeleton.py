@@ -158,6 +158,7 @@ class Skeleton:
 
     def __init__(self, model: nn.Module, located: Located, blocks: tuple[str, ...]) -> None:
         self.model, self._located, self._blocks = model, located, blocks
+        # Kept to be put back by `drop`: what is filled in between costs memory only as long as it is used.
         self._empty = dict(model.state_dict(keep_vars=True))
 
     def fill(self, path: str) -> None:

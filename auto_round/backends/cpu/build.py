@@ -19,6 +19,7 @@ from auto_round.core.settings import settings
 logger = logging.getLogger("auto_round")
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
+# The last two let loops vectorise; they give up errno and traps, which nobody reads, and no digit of a result.
 FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 TIMEOUT = 600  # seconds; half a minute is usual
 
@@ -57,6 +58,7 @@ def _library(found: str, namespace: str, defines: tuple[str, ...]) -> Path:
     logger.info("compiling the CPU kernels once, about half a minute, into %s", target.parent)
     root = Path(torch.__file__).parent
     command += [f"-I{root}/include", f"-I{root}/include/torch/csrc/api/include"]
+    # Torch's own, else std::string links to nothing.
     command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:

@@ -17,6 +17,7 @@ def tile_codes(codes: Tensor, bits: int) -> Tensor:
     """(O, I) uint8 codes to (ceil(O / 8), ceil(I / 32), 32 * bits) uint8; what is missing is filled with 0."""
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % UNIT, 0, -codes.shape[0] % ROWS))
     tiles, units = padded.shape[0] // ROWS, padded.shape[1] // UNIT
+    # (tile, unit, vector, row, 4 columns): a vector has the same four columns of eight rows.
     by_vector = padded.reshape(tiles, ROWS, units, VECTORS, 4).permute(0, 2, 3, 1, 4)
     return _join(by_vector.reshape(tiles, units, VECTORS, UNIT), bits).flatten(2).contiguous()
 
@@ -46,6 +47,7 @@ def _join(v: Tensor, bits: int) -> Tensor:
         return v
     if bits == 4:
         return v[..., 0::2, :] | v[..., 1::2, :] << 4
+    # Three bits as two and one: fields of three would run over the ends of bytes.
     low = v & 3
     two = low[..., 0::4, :] | low[..., 1::4, :] << 2 | low[..., 2::4, :] << 4 | low[..., 3::4, :] << 6
     if bits == 2:

@@ -44,7 +44,7 @@ def vector_kernel(
     """One row of x times BLOCK_O rows of the weight."""
     m = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    total = tl.zeros((BLOCK_O,), dtype=tl.float32)
+    total = tl.zeros((BLOCK_O,), dtype=tl.float32)  # float32, whatever x is: thousands of terms
     for start in range(0, I, BLOCK_I):
         k = start + tl.arange(0, BLOCK_I)
         inside = (k < I)[:, None] & (n < O)[None, :]
@@ -71,6 +71,7 @@ def matrix_kernel(
         inside = (k < I)[:, None] & (n < O)[None, :]
         w = _weights(codes, high, scales, zeros, k, n, inside, O, GROUP, BITS, ASYM)
         v = tl.load(x + m[:, None] * I + k[None, :], mask=(m < M)[:, None] & (k < I)[None, :], other=0.0)
+        # Tensor cores take both sides in one dtype; the sum stays float32.
         w = w.to(v.dtype)
         if WIDE:  # the interpreter (triton 3.9) multiplies the bit patterns of bfloat16
             v, w = v.to(tl.float32), w.to(tl.float32)
@@ -113,6 +114,7 @@ def linear(
     y = x.new_empty(m, rows)
     if m == 0:
         return y
+    # A pointer has to be given in any case; the flags keep the kernel from following it.
     tensors = (x, codes, high, scales, codes if zeros is None else zeros, codes if bias is None else bias, y)
     flags = {"BITS": bits, "ASYM": zeros is not None, "BIAS": bias is not None}
     if m <= FEW:

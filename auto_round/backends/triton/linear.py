@@ -28,7 +28,7 @@ class TritonLinear(Kernel):
         """Repack `q`; 3 bits become a plane of 2 and a plane of 1."""
         codes = merge(q.codes, q.shape, q.spec.group).t()
         count = groups_per_row(q.shape, q.spec.group)
-        plane = 2 if q.spec.bits == 3 else q.spec.bits
+        plane = 2 if q.spec.bits == 3 else q.spec.bits  # fields of 3 bits would run over the ends of words
         words = packing.pack(codes & ((1 << plane) - 1), plane)
         high = packing.pack(codes >> 2, 1) if q.spec.bits == 3 else words.new_empty(0)
         tensors = {

@@ -139,7 +139,7 @@ class Options:
         # model_free means plain rounding unless something else is asked for.
         disable = said(self.disable_opt_rtn, base.disable_opt_rtn or self.model_free)
         if self.algorithm == "rtn" and self.enable_opt_rtn is None:
-            disable = said(self.disable_opt_rtn, True)
+            disable = said(self.disable_opt_rtn, True)  # "rtn" by name means plain rounding
         return Recipe(
             iters=0
             if self.algorithm in ("rtn", "opt_rtn", "gptq")

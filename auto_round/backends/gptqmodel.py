@@ -67,7 +67,7 @@ class GptqModel(Backend):
             in_features=module.in_features,
             out_features=module.out_features,
             bias=module.bias is not None,
-            register_buffers=False,
+            register_buffers=False,  # it gets ours, instead of empty ones of the full size
         )
         if self.awq:
             tensors = write_awq(q)

@@ -89,6 +89,7 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
         self._architecture = architecture_of(self._config)
         self._names = Names(self._architecture, block_count(self._config))
         self._layers = {f"{subject.stored_name(layer)}.weight": layer for layer in plan}
+        # GPT-2's Conv1D: quantized layers come as (O, I) already, those that are copied do not.
         self._transposed = {stored for stored, layer in self._layers.items() if self._is_transposed(layer)}
         self._target_of: dict[str, Target] = {}
         self._targets = self._planned()
@@ -171,6 +172,7 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
             codec = codec_of(spec)
             assert isinstance(codec, BlockCodec), f"{spec} was refused"
             return codec.name.upper(), count // codec.block * codec.nbytes
+        # Vectors take next to no room, and llama.cpp multiplies and adds them in float32.
         precise = len(shape) < 2 or place.split(".")[-2] in KEPT_PRECISE or 1 in shape
         name = self.format.name.rpartition(":")[2].upper()
         if precise:
@@ -210,7 +212,7 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
         import gguf
 
         sizes: list[tuple[BinaryIO, int]] = []
-        split = self._max_shard_bytes if 0 < self._max_shard_bytes < self.nbytes else 0
+        split = self._max_shard_bytes if 0 < self._max_shard_bytes < self.nbytes else 0  # 0: one file
         path = self._staging / self.file_name()
         writer = gguf.GGUFWriter(path, self._architecture.name, split_max_size=split)
         for key, value in self.values().items():
@@ -222,6 +224,7 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
         writer.write_ti_data_to_file()
         assert writer.fout is not None, "the header has been written"
         for file, tensors in zip(writer.fout, writer.tensors):
+            # As the package itself would place them: readers find a tensor by its offset in the header.
             position = writer.ggml_pad(file.tell(), writer.data_alignment)
             for name, info in tensors.items():
                 self._places[name] = (file, position)
@@ -316,7 +319,7 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
         if stored in self._transposed:
             tensor = tensor.t()
         if adds_one(self._architecture, target.name):
-            tensor = tensor.float() + 1
+            tensor = tensor.float() + 1  # Gemma multiplies by 1 + weight, llama.cpp by the weight
         dtype = next(dtype for dtype, name in FLOATS.items() if name == target.type)
         self._put(stored, self._ordered(stored, tensor.to(dtype)))
 

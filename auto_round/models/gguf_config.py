@@ -86,6 +86,7 @@ def config_of(header: Header) -> Values:
         "architectures": [class_],
         "model_type": model_type,
         "vocab_size": table[0],
+        # llama.cpp writes a tied head once, as the embedding.
         "tie_word_embeddings": "output.weight" not in header.shapes,
         **_tokens(header),
         **build,
@@ -153,7 +154,7 @@ def _by_factors(header: Header, factors: Tensor) -> Values:
     for original in CONTEXTS:
         settings = {**LLAMA3, "factor": float(factors.max()), "original_max_position_embeddings": original}
         made = llama3_factors({**settings, "rope_theta": base}, size)
-        if torch.allclose(made, factors, rtol=1e-5):
+        if torch.allclose(made, factors, rtol=1e-5):  # float32 in the file, made in float64
             return settings
     each = factors.tolist()
     return {
@@ -342,6 +343,7 @@ def _deepseek2(header: Header) -> Built:
             "keys and values are split per head (attn_k_b, attn_v_b), as newer converters do: such files are not "
             "read. Use the original model"
         )
+    # Keys are two parts side by side, of which the header gives the second and the sum.
     rotary, key = header.count("rope.dimension_count"), header.count("attention.key_length")
     own = {
         **_experts(header),

@@ -73,8 +73,10 @@ class GgufFile:
             reader = _reader(path)
             file = os.open(path, os.O_RDONLY)
             weakref.finalize(self, os.close, file)
+            # The first part has the model's values; those of the others only say which part they are.
             self.values = {**_values(reader, path), **self.values}
             for tensor in reader.tensors:
+                # GGUF names the fastest axis first.
                 shape = tuple(int(size) for size in reversed(tensor.shape))
                 place = (int(tensor.data_offset), int(tensor.n_bytes))
                 found = Stored(tensor.tensor_type.name.lower(), shape, file, path, *place)
@@ -120,6 +122,7 @@ def _reader(path: Path) -> Any:
     except ImportError as error:
         raise ModelError(f"{path}: reading it needs the gguf package: pip install gguf") from error
 
+    # Over private methods of the package (gguf 0.19): it maps the file and checks no length. Drop when it does.
     class Bounded(gguf.GGUFReader):
         """Beyond the end there is an error; without one, a damaged length makes the reader go on for years."""
 
@@ -236,6 +239,7 @@ class GgufStore(TensorStore):
         first, count = one.rows()
         raw = one.stored.read(first, first + count)
         if one.order is not None:
+            # Rows can move while they are packed: no block reaches from one row into the next.
             raw = torch.empty_like(raw).index_copy_(0, one.order, raw)
         return codec.unpack(raw, codec.spec(), (count, one.stored.shape[-1]))
 

@@ -59,7 +59,7 @@ def unpack(path: Path, into: Path) -> Path:
             f"{path}: its header cannot be understood ({error}); is the file damaged?"
         ) from error
     for part in parts:
-        os.symlink(part.resolve(), folder / part.name)
+        os.symlink(part.resolve(), folder / part.name)  # links: a copy would double gigabytes
     return folder
 
 
@@ -94,6 +94,7 @@ def dtype_of(kinds: set[str], vectors: Mapping[str, Tensor], *, inexact: bool) -
         return torch.bfloat16
     if "f16" in kinds:
         return torch.float16
+    # Vectors are float32 in every file; those that bfloat16 could hold exactly were in it once.
     if kinds != {"f32"}:
         near = 2.0**-23 if inexact else 0.0
         for dtype in (torch.bfloat16, torch.float16):
@@ -158,7 +159,7 @@ def _checked(shown: Shown, name: str, path: Path) -> Shown:
     own = shown.stored.shape if shown.expert is None else shown.stored.shape[1:]
     if shown.expert is not None and shown.expert >= shown.stored.shape[0]:
         raise ModelError(f"{path}: {name} is missing, there are {shown.stored.shape[0]} experts in the file")
-    wanted = shown.shape[::-1] if shown.transposed else shown.shape
+    wanted = shown.shape[::-1] if shown.transposed else shown.shape  # the file has (O, I) throughout
     # Some writers leave a dimension of 1 out.
     if own != wanted and [n for n in own if n > 1] != [n for n in wanted if n > 1]:
         raise ModelError(

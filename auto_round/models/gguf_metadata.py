@@ -20,6 +20,7 @@ def language_config(config: Config) -> dict[str, Any]:
     from transformers import AutoConfig
 
     given = {name: value for name, value in config.items() if name != "quantization_config"}
+    # Through the class: config.json leaves out what has the class's default, and a file has to say it.
     full = AutoConfig.for_model(given.pop("model_type"), **given).get_text_config().to_dict()
     return {**full, "architectures": config.get("architectures")}
 
@@ -53,7 +54,7 @@ def metadata(architecture: Architecture, config: Config, vocabulary: int) -> Val
     values |= EXTRAS.get(architecture.name, _nothing)(config)
     values = {f"{architecture.name}.{key}": value for key, value in values.items() if value is not None}
     if architecture.name == "falcon":
-        values["falcon.tensor_data_layout"] = "jploski"
+        values["falcon.tensor_data_layout"] = "jploski"  # llama.cpp's name of q, k and v sorted by kind
     return values
 
 

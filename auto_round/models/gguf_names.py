@@ -214,9 +214,10 @@ class Names:
 
         Raises ModelError when there is no place for it.
         """
-        if stored.endswith(self.architecture.skipped or ("\n",)):
+        if stored.endswith(self.architecture.skipped or ("\n",)):  # no name ends in a line break
             return None
         expert = EXPERT.search(stored)
+        # llama.cpp stacks the experts of a block, so its tables know them without a number.
         joint = EXPERT.sub(".experts.", stored) if expert else stored
         for candidate in _spellings(joint):
             found = self._map.get_name(candidate, try_suffixes=(".weight", ".bias"))

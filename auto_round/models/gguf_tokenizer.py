@@ -106,6 +106,7 @@ def _tokens(described: Mapping[str, Any], path: Path, rows: int) -> tuple[list[s
             f"{path}: {most} tokens, but the model's embedding has {rows} rows. "
             "Is the tokenizer the model's own? Resize the embedding, or leave the added tokens out"
         )
+    # Embeddings are often padded to a round size; llama.cpp wants a token for each row.
     texts = [f"[PAD{index}]" for index in range(rows)]
     types = [UNUSED] * rows
     bytes_ = model.get("byte_fallback") or False
@@ -116,7 +117,7 @@ def _tokens(described: Mapping[str, Any], path: Path, rows: int) -> tuple[list[s
         )
     for index, token in added.items():
         texts[index] = token["content"]
-        if types[index] != UNKNOWN:
+        if types[index] != UNKNOWN:  # which is special too, but has a kind of its own
             types[index] = CONTROL if token.get("special") else USER_DEFINED
     return texts, types
 
@@ -194,6 +195,7 @@ def _sentence_piece(described: Mapping[str, Any]) -> dict[str, Any]:
     """BPE over characters with byte fallback: what SentencePiece calls BPE. A piece's score is its merge's rank."""
     scores: dict[str, float] = {}
     for rank, merge in enumerate(_merges(described["model"])):
+        # Earlier merges first, which is what a higher score means to llama.cpp.
         scores.setdefault(merge.replace(" ", "", 1) if merge[0] != " " else merge, -float(rank + 1))
     single = {text: -float(len(scores) + 1) for text in described["model"]["vocab"] if text not in scores}
     return {
@@ -248,6 +250,7 @@ def _special_tokens(folder: Path, config: Mapping[str, Any], described: Mapping[
         text = token.get("content") if isinstance(token, dict) else token
         number = ids.get(text) if text else None
         if number is None and name in ("bos", "eos"):
+            # Tokenizers may leave it out where the model's configuration says it.
             number = config.get(f"{name}_token_id")
             number = number[0] if isinstance(number, list) else number
         if number is not None:
@@ -259,6 +262,7 @@ def _added_at_the_ends(path: Path, values: Mapping[str, Any]) -> dict[str, bool]
     """Whether the tokenizer puts its token for the beginning, or the end, around a text."""
     from tokenizers import Tokenizer
 
+    # Found by trying: what adds the tokens is a template of one of several kinds.
     ids = Tokenizer.from_file(str(path)).encode("a").ids
     bos, eos = values.get("bos_token_id"), values.get("eos_token_id")
     return {

@@ -54,6 +54,7 @@ def resolve(model: str, *, platform: str = "hf", revision: str | None = None) ->
     if not folder.exists():
         if model.endswith(".gguf") and model.count("/") > 1 and not model.startswith((".", "/", "~")):
             return _download_file(model, platform=platform, revision=revision)
+        # Only owner/name may be meant for the hub: a mistyped folder should not go over the network.
         if model.startswith((".", "/", "~")) or model.count("/") != 1:
             raise ModelError(
                 f"model {model!r}: no such folder.{_siblings(folder)} Give a folder or a hub id such as owner/name"
@@ -203,6 +204,7 @@ def skeleton(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         said = _dtype(folder, config) if dtype == "auto" else dtype
         said = getattr(torch, said) if isinstance(said, str) else said
+        # Buffers such as rotary frequencies are computed and not stored, so they need real values.
         with init_empty_weights(include_buffers=False):
             tree = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=said)
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:

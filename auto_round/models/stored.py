@@ -33,6 +33,7 @@ def streamed_subject(
     Raises ModelError when the names show no list of blocks.
     """
     assert files.folder is not None, "only folders are streamed"
+    # Building the tree takes seconds, so it is asked only where names alone would not do.
     if not tells_all(files.store.infos, files.config) and load.knows(
         files.folder, trust_remote_code=trust_remote_code
     ):
@@ -54,6 +55,7 @@ def stored_subject(files: ModelFiles, *, blocks: Any = None, embedding: bool = F
         logger.info("%d tensors stay as they are: %s", count, reason)
     names = {layer.tensor: layer.tensor for layer in body.layers.values()}
     if body.tied and body.head is not None:
+        # A tied head has no tensor: its values are read from the embedding.
         names[f"{body.head}{WEIGHT}"] = _embedding(store.infos, files.config)
     return Subject(anatomy=body, files=replace(files, store=store), names=names)
 
@@ -119,6 +121,7 @@ def anatomy_of_names(
 def block_of(tensor: str) -> str | None:
     """The block of a tensor: "model.layers.3" of "model.layers.3.mlp.up_proj.weight", up to the first number."""
     parts = tensor.split(".")
+    # The first number: later ones count experts inside a block.
     at = next((i for i, part in enumerate(parts) if part.isdigit() and 0 < i < len(parts) - 1), None)
     return None if at is None else ".".join(parts[: at + 1])
 
@@ -139,6 +142,7 @@ def _reason(tensor: str, info: TensorInfo, block: str | None, text: Mapping[str,
         return f"block {_number(block)} is beyond num_hidden_layers: it predicts several tokens at once (MTP)"
     if any(word in name.rpartition(".")[2] for word in quirks.EMBEDDINGS) and not name.endswith(quirks.HEADS):
         return "a table of embeddings"
+    # A matrix of scales per head is no matrix to multiply by.
     if block is not None and "norm" in name.rpartition(".")[2]:
         return "a norm"
     return quirks.left_alone(name)
@@ -187,6 +191,7 @@ def _head(
     said = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
     if stored is not None:
         return stored, bool(said)
+    # A configuration that does not say means tied: that is the default in transformers.
     if said is False or next(_embeddings(infos, config), None) is None:
         return None, False
     return quirks.HEADS[0], True

@@ -39,7 +39,7 @@ class Subject:
     def stored_name(self, layer: str) -> str:
         """Prefix of the tensors of `layer` in the checkpoint."""
         tensor = self.anatomy.layers[layer].tensor
-        if self.unties(layer):
+        if self.unties(layer):  # its own name, as the embedding's tensor stays what it is
             return layer
         return self.names[tensor].removesuffix(".weight")
 
@@ -73,6 +73,7 @@ def open_subject(
     body = anatomy(tree).narrowed(blocks)
     if embedding:
         body = body.with_embedding(tree)
+    # A tied head is not looked for under its own name: checkpoints leave it out.
     own = [layer for layer in body.layers.values() if layer.name != body.head or not body.tied]
     wanted = {*named, *([body.head] if head else [])}
     prefix, saved = str(tree.base_model_prefix), SavedNames(tree).renamed
@@ -104,6 +105,7 @@ def check_streamed(files: ModelFiles, *, trust_remote_code: bool) -> None:
         return  # not an architecture of transformers: nobody knows what is missing
     body, prefix = anatomy(tree), str(tree.base_model_prefix)
     files = replace(files, store=split_store(files.store, body.experts, prefix, whole=True))
+    # No tensor is expected for it.
     tied = {body.layers[body.head].tensor: ""} if body.tied and body.head else {}
     _located(tree, body, files, tied)
     for layer in body.layers.values():

@@ -23,7 +23,7 @@ class Known:
     large: bool = False
 
 
-DEFAULT_DATASET = "NeelNanda/pile-10k"
+DEFAULT_DATASET = "NeelNanda/pile-10k"  # upstream's default, too
 KNOWN = (
     Known(
         names=("NeelNanda/pile-10k", "pile-10k"),

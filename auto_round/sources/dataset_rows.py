@@ -85,6 +85,7 @@ def _content(item: Mapping[str, Any], part: Part) -> Any:
             f"it has {', '.join(item)}"
         )
     question, answer = item[column], next((item.get(name) for name in ANSWERS.get(column, ())), None)
+    # Alpaca's three columns: the input belongs to the question.
     if column == "instruction" and item.get("input"):
         question = f"{question}\n{item['input']}"
     if not isinstance(answer, str):
@@ -125,6 +126,7 @@ def _tokenized(item: Any, tokenizer: Any, part: Part) -> Tensor:
         )
     if not isinstance(item, str) or part.chat:
         turns = _messages([{"role": "user", "content": item}] if isinstance(item, str) else item, part)
+        # Turns that are no string cannot be tokenized as they are, so a template is used even unasked.
         if tokenizer.chat_template:
             item = tokenizer.apply_chat_template(turns, tokenize=False)
         elif part.chat:
@@ -149,6 +151,7 @@ def _concatenated(rows: Iterable[Row], tokenizer: Any, seqlen: int) -> Iterator[
             yield torch.tensor(held[:seqlen]), None
             held = held[seqlen:]
     if held:
+        # Too short, and dropped with its length, so that a message can say what would do.
         yield torch.tensor(held), None
 
 

@@ -48,7 +48,7 @@ def parse_spec(text: str) -> list[Part]:
 
 def _with_option(part: Part, option: str, text: str) -> Part:
     key, has_value, value = (piece.strip() for piece in option.partition("="))
-    on = not has_value or value.casefold() not in ("false", "0", "no")
+    on = not has_value or value.casefold() not in ("false", "0", "no")  # "concat" alone means yes
     if key == "num":
         if not value.isdigit() or int(value) == 0:
             raise DataError(f"dataset {text!r}: num={value!r} must be a positive number")

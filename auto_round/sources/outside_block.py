@@ -36,6 +36,7 @@ class OutsideBlock(Block):
         self._grid: InputGrid | None = None
         weight = module.get_parameter("weight").detach().to(execution.device)
         self.weights = {layer.name: weight.t() if layer.transposed else weight}
+        # Without samples, steps that run a block leave it alone and those that go by statistics do not.
         self.samples = 0 if inputs is None or not execution.tune_outside else inputs.plain.shape[0]
 
     def importance(self, layer: str) -> Tensor | None:

@@ -54,6 +54,7 @@ class CpuLinear(Kernel):
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O), in the dtype of x. Differentiable in x."""
         flat = x.reshape(-1, self.in_features).contiguous()
+        # Added to the float32 sum before it is rounded.
         bias = None if self.bias is None else self.bias.float()
         limbs = self.limbs or LIMBS[x.dtype]
         sizes = (self.site.spec.bits, self.group, self.out_features, limbs)
@@ -72,6 +73,7 @@ def ready() -> str | None:
         logger.warning("CPU kernels: %s", error)
         return str(error)
     logger.info("CPU kernels use %s and %d threads", instructions, torch.get_num_threads())
+    # torch.compile asks for shapes, training for gradients; the operators in C++ give neither.
     torch.library.register_fake("auto_round_cpu::linear", _shape)
     torch.library.register_autograd("auto_round_cpu::linear", _backward, setup_context=_remember)
     return None

@@ -291,3 +291,15 @@ def test_inputs_are_quantized_while_the_context_lasts():
     assert torch.equal(inside, layer(fake_inputs(x, act, {}))) and not torch.equal(inside, before)
     assert torch.equal(layer(x), before)
     assert codec_of(act).needs_range(act) is False
+
+
+@pytest.mark.parametrize(("bits", "steps"), [(8, 127), (4, 7)])
+def test_symmetric_inputs_are_divided_as_servers_divide_them(bits, steps):
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)) * 3
+    act = TensorSpec(bits=bits, group=-1, scale_dtype="float32")
+    expected = torch.empty_like(x)
+    for row in range(5):
+        scale = max(abs(v) for v in x[row].tolist()) / steps
+        expected[row] = torch.tensor([round(v / scale) * scale for v in x[row].tolist()])
+    torch.testing.assert_close(fake_inputs(x, act, {}), expected, atol=1e-6, rtol=1e-5)
+    assert fake_inputs(torch.zeros(2, 64), act, {}).count_nonzero() == 0

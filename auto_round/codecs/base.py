@@ -63,6 +63,10 @@ class Codec(ABC):
         """Knobs that quantize every input within [low, high], 0-dim each: what is stored along with the layer."""
         raise SchemeError(f"{self.name} has no static range: use act_dynamic=True")
 
+    def found_range(self, x: Tensor, spec: TensorSpec) -> Knobs:
+        """What a server finds of the range of inputs `x` (N, I) at run time. Default: as for a weight."""
+        return NEUTRAL
+
     def holds_grid(self, spec: TensorSpec) -> bool:
         """Whether each row has grids of its own that stay while weights move: `snap` and the next three are there."""
         return False
@@ -187,8 +191,9 @@ def fake_inputs(x: Tensor, act: TensorSpec, fixed: Knobs) -> Tensor:
     `fixed`: what was calibrated; empty when all is found at run time.
     """
     # In float32: scales that are found at run time are not rounded to the model's dtype.
-    flat = x.detach().float().reshape(-1, x.shape[-1])
-    found = codec_of(act).tuner(flat, act, fixed)(NEUTRAL).reshape(x.shape).to(x.dtype)
+    flat, codec = x.detach().float().reshape(-1, x.shape[-1]), codec_of(act)
+    fixed = fixed or codec.found_range(flat, act)
+    found = codec.tuner(flat, act, fixed)(NEUTRAL).reshape(x.shape).to(x.dtype)
     # The difference is zero, so the value is `found` exactly and the gradient is that of `x`.
     return found + (x - x.detach()) if x.requires_grad else found
 

@@ -128,12 +128,18 @@ class Integer(Codec):
         """{"scale"} or {"scale", "zero"}, (1,) each, in storage dtype."""
         low, high = low.clamp(max=0), high.clamp(min=0)  # zero must have a code
         if spec.sym:
-            # One step less than the range of negative codes, so that the largest positive input has a code too.
-            scale = _stored(torch.maximum(-low, high) / (middle(spec) - 1), spec)
-            return {"scale": scale.to(STORAGE[spec.scale_dtype]).reshape(1)}
+            return {"scale": _both_ways(torch.maximum(-low, high), spec).reshape(1)}
         grid = _grid(low, high, spec)
         zero = torch.as_tensor(grid.zero).to(torch.uint8).reshape(1)
         return {"scale": grid.scale.to(STORAGE[spec.scale_dtype]).reshape(1), "zero": zero}
+
+    def found_range(self, x: Tensor, spec: TensorSpec) -> Knobs:
+        """{"scale"} of symmetric inputs, (G, 1): servers divide by 127, not by 128 with a sign."""
+        return (
+            {"scale": _both_ways(split(x, spec.group).abs().amax(1, keepdim=True), spec)}
+            if spec.sym
+            else NEUTRAL
+        )
 
     def holds_grid(self, spec: TensorSpec) -> bool:
         """In all groups along rows."""
@@ -198,6 +204,11 @@ class Integer(Codec):
 
 
 ENTRIES = (Integer(),)
+
+
+def _both_ways(largest: Tensor, spec: TensorSpec) -> Tensor:
+    """The scale with which `largest` has a code with either sign: there is one more code below zero than above."""
+    return _stored(largest / (middle(spec) - 1), spec).to(STORAGE[spec.scale_dtype])
 
 
 def _range(groups: Tensor, spec: TensorSpec, knobs: Knobs) -> tuple[Tensor, Tensor]:

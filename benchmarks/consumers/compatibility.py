@@ -98,7 +98,7 @@ class Reader:
         """What logits.py is told besides the folder."""
         sixteen = self.how == "vllm" or (self.how == "stock" and cell.narrow)
         job = {"override": False, "dtype": "bfloat16" if sixteen else "float32", **dict(self.options)}
-        if self.how == "vllm" and cell.scheme not in ("W4A16", "W8A16", "W3A16", "W2A16", "INT8"):
+        if self.how == "vllm" and cell.narrow:  # its emulation of FP8 cannot hold a static input scale
             job["vllm"] = {"kernel_config": {"linear_backend": "emulation"}}
         if self.name == "compressed-tensors" and cell.options == ASYM:
             job["dequantize"] = True
@@ -156,6 +156,7 @@ def export(work: Path, model: str, cell: Cell, dataset: Path) -> None:
         "dataset": str(dataset),
         "nsamples": 8,
         "seqlen": 128,
+        "disable_opt_rtn": True,
         **dict(cell.options),
     }
     try:
@@ -179,7 +180,9 @@ def read(work: Path, venvs: Path, reader: Reader, jobs: list[dict[str, object]])
     python = sys.executable if not reader.venv else str(venvs / reader.venv / "bin/python")
     jobs = [job for job in jobs if not Path(f"{job['out']}.json").exists()]
     while jobs and Path(python).exists():
-        batch = jobs[:1] if reader.how == "vllm" else jobs
+        # A rule of another package is for one process; vLLM is for one model.
+        ruled = [job for job in jobs if bool(job.get("rule")) == bool(jobs[0].get("rule"))]
+        batch = jobs[:1] if reader.how == "vllm" else ruled
         plan = work / f"jobs-{reader.name}.json"
         plan.write_text(json.dumps({"tokens": str(work / "tokens.npy"), "jobs": batch}))
         code = run([python, str(HERE / "logits.py"), reader.how, str(plan)], plan.with_suffix(".log"))
@@ -212,6 +215,10 @@ def jobs_of(work: Path, models: list[str], cells: list[Cell], reader: Reader | N
                     else weights_alone(work, model, cell)
                 )
                 jobs.append({**job, "folder": str(alone), "out": f"{out}-weights"})
+            if cell.inputs and reader is None:
+                both = {**jobs[-2], "dtype": "bfloat16" if cell.narrow else "float32", "rule": True}
+                jobs.append({**jobs[-2], "dtype": "bfloat16", "out": f"{out}-16"})
+                jobs.append({**both, "out": f"{out}-rule"})
     return jobs
 
 
@@ -240,7 +247,12 @@ def outcome(work: Path, venvs: Path, reader: Reader, model: str, cell: Cell) -> 
     if reader.name == "transformers" and cell.format == "fp8":  # makes plain weights of them on a CPU
         return "weights " + compared(work, reader, name, f"{name}-weights")
     whole = compared(work, reader, name)
-    return f"weights {alone}; with inputs {whole}" if alone != NOTHING else whole
+    if not cell.inputs or whole.partition(" ")[0] in ("not", "refused:", "died:"):
+        return whole
+    if reader.name == "compressed-tensors":
+        return f"weights {alone}; inputs as servers {whole}, by its rule {compared(work, reader, name, f'{name}-rule')}"
+    own = compared(work, Reader("reference", "", "", (), ""), f"{name}-16", name)
+    return f"{whole}; ours in bfloat16 {own.partition(' ')[0]}" if reader.how == "vllm" else whole
 
 
 def compared(work: Path, reader: Reader, name: str, against: str = "") -> str:

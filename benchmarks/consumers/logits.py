@@ -36,7 +36,7 @@ def _describe(model) -> dict:
     return {"dtype": str(model.dtype).removeprefix("torch."), "linears": linears}
 
 
-def _load_stock(folder: str, *, override: bool):
+def _load_stock(folder: str, *, override: bool, dtype: str = "float32"):
     """`from_pretrained` of stock transformers; `override` asks auto_round to read a GPTQ or AWQ folder."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -46,14 +46,43 @@ def _load_stock(folder: str, *, override: bool):
         from transformers import AutoRoundConfig
 
         options["quantization_config"] = AutoRoundConfig()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options).eval()
+
+
+def _divide_as_compressed_tensors() -> None:
+    """Make this package find the scales of inputs by the rules of compressed-tensors 0.20; the process is used up.
+
+    Integers: the largest magnitude over 127.5. MX: a power of two that goes up where the largest magnitude, rounded to
+    one bit of mantissa more than the element has, would (1.75 and above; the element of 6 bits has three).
+    """
+    import torch
+
+    from auto_round.codecs import integer, mx
+
+    power = mx.power_of_two_scale
+
+    def rounded(largest, element, *, up):
+        bits = element.mantissa if element.bits == 6 else 1
+        ceiling = 2 - 2.0 ** -(bits + 1)
+        mantissa, exponent = torch.frexp(largest)
+        bumped = torch.where(
+            mantissa * 2 >= ceiling, torch.ldexp(torch.ones_like(largest), exponent), largest
+        )
+        return power(bumped, element, up=up)
+
+    mx.power_of_two_scale = rounded
+    integer._both_ways = lambda largest, spec: largest / (integer.middle(spec) - 0.5)
 
 
 def auto_round(job: dict, tokens: np.ndarray) -> Answer:
     """Whatever package called auto_round is installed here, through stock transformers, float32 asked for."""
     import torch
 
-    model = _load_stock(job["folder"], override=job["override"])
+    if job.get("rule"):
+        _divide_as_compressed_tensors()
+    model = _load_stock(job["folder"], override=job["override"], dtype=job.get("dtype", "float32"))
+    if "dtype" in job:  # as asked for, whatever it is
+        return _forward(model, tokens), None, _describe(model)
     about, native = _describe(model), None
     if about["dtype"] != "float32":
         native = _forward(model, tokens)

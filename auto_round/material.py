@@ -20,6 +20,7 @@ from auto_round.models.checkpoint import has_safetensors
 from auto_round.models.device import parse_devices
 from auto_round.models.gguf_folder import unpack
 from auto_round.models.memory import available_memory
+from auto_round.models.quirks import EMBEDDINGS
 from auto_round.models.skeleton import Skeleton, filled
 from auto_round.models.stored import streamed_subject
 from auto_round.models.subject import Subject, check_streamed, open_subject
@@ -78,7 +79,7 @@ class Material:
             files = plain.open_folder(self.folder)
             self._subject = streamed_subject(
                 files,
-                embedding=self._whole,
+                embedding=self._whole or self._embedding_named(),
                 blocks=self.options.to_quant_block_names,
                 trust_remote_code=self.options.trust_remote_code,
             )
@@ -100,10 +101,15 @@ class Material:
             blocks=self.options.to_quant_block_names,
             named=parse_layer_config(self.options.layer_config),
             head=self.options.quant_lm_head,
-            embedding=self._whole,
+            embedding=self._whole or self._embedding_named(),
             dtype=self.options.model_dtype or "auto",
             opener=plain.open_folder,
         )
+
+    def _embedding_named(self) -> bool:
+        """Whether `layer_config` has the full name of a table of embeddings, which then counts as a layer."""
+        named = parse_layer_config(self.options.layer_config)
+        return any(word in key.rpartition(".")[2] for key in named for word in EMBEDDINGS)
 
     def _streams(self) -> bool:
         """Whether weights are all that this job will look at, whatever data there is."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 
 from auto_round.codecs.base import codec_of, preset
-from auto_round.core.errors import NotYetError, PlanError, SchemeError
+from auto_round.core.errors import FormatError, NotYetError, PlanError, SchemeError
 from auto_round.core.plan import Plan
 from auto_round.core.scheme import FLAT_NAMES, QuantizationScheme, Scheme
 from auto_round.core.selection import Selection, make_plan, parse_ignore, parse_layer_config, schemes_of
@@ -113,6 +113,8 @@ def plan_for(subject: Subject, options: Options, base: Scheme, formats: Sequence
         plan = fmt.adapt(plan, subject.files.config)
     for name in plan.quantized():
         _check_spec(name, plan[name])
+    if body.embedding in plan.quantized():
+        _check_embedding(body.embedding, formats)
     for fmt in formats:
         plan = fmt.resolve(plan).check(plan)
     if not plan.quantized() and base.weight is not None:
@@ -126,6 +128,16 @@ def plan_for(subject: Subject, options: Options, base: Scheme, formats: Sequence
         logger.warning(note)
     check_sources(subject, plan)
     return plan
+
+
+def _check_embedding(name: str | None, formats: Sequence[Format]) -> None:
+    """Raise FormatError when one of `formats` has no readers for a quantized embedding."""
+    for fmt in formats:
+        if not (fmt.whole_model or fmt.holds_embedding):
+            raise FormatError(
+                f"{name}: readers of {fmt.name} keep the embedding in floating point. Use --format mlx or a gguf type, "
+                "or leave it out of layer_config"
+            )
 
 
 def _beside_experts(subject: Subject, options: Options, base: Scheme) -> dict[str, Scheme]:

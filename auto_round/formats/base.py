@@ -50,6 +50,7 @@ class Format(ABC):
     whole_model: bool = (
         False  # one file with embedding and head quantized too, instead of a checkpoint folder
     )
+    holds_embedding: bool = False  # whether its readers take a quantized input embedding
     scheme: Scheme | None = None  # the scheme that choosing this format means
 
     def cache_scales(self, ranges: Mapping[str, tuple[Tensor, Tensor]], dtype: str) -> dict[str, Tensor]:

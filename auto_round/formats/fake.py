@@ -19,6 +19,7 @@ class Fake(Format):
 
     name = "fake"
     holds_codes = False
+    holds_embedding = True
 
     def reject(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """Holds everything."""

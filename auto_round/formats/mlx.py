@@ -41,6 +41,7 @@ class MLX(Format):
 
     def __init__(self, name: str, *, own_loader: bool) -> None:
         self.name, self.own_loader = name, own_loader
+        self.holds_embedding = not own_loader  # transformers has no module for one
 
     def reject(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """Integers of MLX's widths and group sizes, whose zero points survive in the dtype of the scale."""

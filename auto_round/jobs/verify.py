@@ -113,10 +113,12 @@ def _sheet(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool) 
     """The checkpoint in `folder` against the model that its config.json describes."""
     tree, stored = skeleton(folder, trust_remote_code=trust_remote_code), Checkpoint(folder)
     body = anatomy(tree)
+    said = described(config, body.layers, body.in_blocks())
+    if said is not None and said.format.holds_embedding:
+        body = body.with_embedding(tree)
+        said = described(config, body.layers, body.in_blocks())
+    said = said or Described(format_named("fake"), dict.fromkeys(body.layers, FLOAT))
     prefix, plain = _names(tree, body, stored)
-    said = described(config, body.layers, body.in_blocks()) or Described(
-        format_named("fake"), dict.fromkeys(body.layers, FLOAT)
-    )
     return Sheet(
         config=config,
         infos=stored.infos,

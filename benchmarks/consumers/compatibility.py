@@ -66,12 +66,13 @@ class Cell:
 
 ACTS = ("INT8", "FP8_STATIC", "FP8_DYNAMIC", "FP8_BLOCK", "MXFP4", "MXFP6", "MXFP8", "NVFP4", "MXINT4")
 ASYM, G64, MIX = (("sym", False),), (("group_size", 64),), (("layer_config", MIXED),)
+EMBEDDING = (("layer_config", "{model.embed_tokens:{bits:4,group_size:64}}"),)
 
 
 def _cells() -> list[Cell]:
     cells = [Cell("mlx", s) for s in ("W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W8A16")]
     cells += [Cell("mlx", "W4A16", o) for o in (ASYM, G64, MIX)]
-    cells += [Cell("auto_round:mlx", "W4A16")]
+    cells += [Cell("mlx", "W8A16", EMBEDDING), Cell("auto_round:mlx", "W4A16")]
     cells += [Cell("llm_compressor", s) for s in ("W2A16", "W3A16", "W4A16", "W8A16", "FPW8A16")]
     cells += [Cell("llm_compressor", "W4A16", o) for o in (ASYM, G64, MIX)]
     cells += [Cell("llm_compressor", s, inputs=True) for s in ACTS if s != "MXINT4"]

@@ -96,8 +96,7 @@ class AutoRound:
         at_once: samples that run together, by default as many as were placed. iters: instead of those of the recipe.
         """
         placed = self.placement.micro_batch if self.placement else self.numbers.batch_size
-        config = self.subject().files.config
-        return steps_for(plan, self.options, config, at_once=at_once or placed, iters=iters)
+        return steps_for(plan, self.options, self.subject(), at_once=at_once or placed, iters=iters)
 
     def quantize(self) -> tuple[nn.Module, dict[str, dict[str, object]]]:
         """Quantize in memory. Returns the model, with the weights that the codes stand for, and layer settings."""
@@ -251,6 +250,8 @@ class AutoRound:
             workers = self.options.workers or cores()
             stream(source, each.plan, each.steps, writers, observers, workers=workers)
             observers = []  # one account of the blocks is enough
+            for step in each.steps:
+                step.finish()
 
     def _run(self, source: Source, first: Pass, *others: Pass, journal: Journal | None = None) -> None:
         writers, observers = first.writers, self.observers
@@ -265,6 +266,8 @@ class AutoRound:
         deterministic = self.options.enable_deterministic_algorithms
         with _deterministic() if deterministic else ExitStack():
             quantize(source, first.plan, first.steps, writers, observers, others)
+        for step in (step for each in (first, *others) for step in each.steps):
+            step.finish()
 
     def _block_count(self, passes: Sequence[Pass]) -> int:
         """Blocks that the loop goes through; a layer outside them, such as the head, is one of its own."""

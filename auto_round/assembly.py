@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from auto_round.core.errors import PlanError
 from auto_round.core.plan import Plan
 from auto_round.jobs.starts import start
 from auto_round.models.imatrix import importance_of
+from auto_round.models.subject import Subject
 from auto_round.options import Options
 from auto_round.recipes import schedule_named
 from auto_round.steps.base import Step
 from auto_round.steps.inputs import InputRanges, needs_calibration
+from auto_round.steps.keep import Keep
 from auto_round.steps.search import Search
 from auto_round.steps.sign_round import FEW_BITS, SignRound
 
@@ -24,14 +24,14 @@ logger = logging.getLogger("auto_round")
 def steps_for(
     plan: Plan,
     options: Options,
-    config: Mapping[str, Any],
+    subject: Subject,
     *,
     at_once: int,
     iters: int | None = None,
 ) -> list[Step]:
     """The recipe as a list of steps, for the layers of `plan`.
 
-    config: of the model. at_once: samples that run together, fewer than the batch size when memory is short.
+    subject: the model. at_once: samples that run together, fewer than the batch size when memory is short.
     iters: instead of those of the recipe.
     """
     numbers = options.numbers()
@@ -40,7 +40,7 @@ def steps_for(
         # First: the other steps run blocks with quantized inputs.
         found.append(InputRanges(calibrated=needs_calibration(plan), percentile=options.act_percentile))
     kind = options.start_of(numbers)
-    found += start(kind) if options.imatrix is None else [_given_search(plan, options, config, kind)]
+    found += start(kind) if options.imatrix is None else [_given_search(plan, options, subject, kind)]
     if numbers.iters:
         found.append(
             SignRound(
@@ -62,17 +62,19 @@ def steps_for(
                 seed=options.seed,
             )
         )
+    if subject.files.packed:
+        found.append(Keep(subject.quantized))
     return found
 
 
-def _given_search(plan: Plan, options: Options, config: Mapping[str, Any], kind: str) -> Search:
+def _given_search(plan: Plan, options: Options, subject: Subject, kind: str) -> Search:
     """The search that goes by an importance file."""
     assert options.imatrix is not None, "there is such a file"
     if kind == "none" or options.start == "gptq":
         raise PlanError("imatrix: an importance file serves the search of ranges, which is switched off")
     path = Path(options.imatrix)
     # Wrong file, wrong model: found out here, before any work.
-    found = importance_of(path, {n: plan.shapes[n] for n in plan.quantized()}, config)
+    found = importance_of(path, {n: plan.shapes[n] for n in plan.quantized()}, subject.files.config)
     missing = [name for name in plan.quantized() if name not in found]
     if missing:
         logger.warning(

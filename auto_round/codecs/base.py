@@ -95,6 +95,10 @@ class Codec(ABC):
         """The inverse of `offsets`: by how much `knobs` move what is rounded, (G, K)."""
         raise SchemeError(f"{self.name} cannot hold a grid")
 
+    def even_grid(self, step: Tensor, low: Tensor, spec: TensorSpec) -> Knobs:
+        """Knobs that give each group the grid low + step * code, (G, 1) each, as far as there is one; default: none."""
+        return NEUTRAL
+
     def storable(self, scale: Tensor, spec: TensorSpec) -> Tensor:
         """`scale` rounded to what the file can hold."""
         raise SchemeError(f"{self.name} cannot hold a grid")

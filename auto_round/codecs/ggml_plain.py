@@ -58,6 +58,10 @@ class Plain(BlockCodec):
         """The parameters themselves."""
         return params["scale"], params.get("offset")
 
+    def even_grid(self, step: Tensor, low: Tensor, spec: TensorSpec) -> Knobs:
+        """{"scale"} and, with offsets, {"offset"}, in float16."""
+        return {"scale": half(step), **({"offset": half(low)} if self.has_low else {})}
+
     def results(self, groups: int) -> tuple[list[Tensor | None], dict[str, Tensor]]:
         """Scale and, with offsets, offset of each group."""
         named = {name: torch.empty(groups, 1) for name in self.stored}

@@ -158,6 +158,13 @@ class Integer(Codec):
         """The rounding offset, in weights."""
         return knobs["round"] * grid["scale"] if "round" in knobs else 0.0
 
+    def even_grid(self, step: Tensor, low: Tensor, spec: TensorSpec) -> Knobs:
+        """{"scale"} or {"scale", "zero"}; a symmetric grid has its zero in the middle, whatever `low` is."""
+        if spec.sym:
+            return {"scale": step}
+        zero = torch.where(step == 0, torch.zeros_like(step), -low / step).round()
+        return {"scale": step, "zero": zero.clamp(LEAST_ZERO, _top(spec))}
+
     def storable(self, scale: Tensor, spec: TensorSpec) -> Tensor:
         """`scale` in its storage dtype, not below the smallest magnitude that it holds."""
         return _stored(scale, spec)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from auto_round.core.errors import ModelError
+from auto_round.core.quantized import Quantized
 
 SAMPLED, PIECE = 64, 1024  # pieces of a tensor looked at to tell two models apart, and bytes of a piece
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -81,6 +82,10 @@ class TensorStore(ABC):
     def row(self, name: str, index: int) -> Tensor:
         """One entry of the first dimension of the tensor called `name`."""
         return self.get(name)[index]
+
+    def quantized(self, name: str) -> Quantized | None:
+        """The matrix (O, I) called `name` as it is stored, or None when it is stored plain, or as nothing we know."""
+        return None
 
     def place(self, name: str) -> Place | None:
         """Where the bytes of the tensor called `name` lie, or None when no file has them as they are."""

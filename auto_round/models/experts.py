@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from auto_round.core.quantized import Quantized
 from auto_round.models import quirks
 from auto_round.models.checkpoint import Place, StateDict, TensorInfo, TensorStore, names_match
 
@@ -218,6 +219,10 @@ class ExpertStore(TensorStore):
         piece = self.pieces[name]
         # One expert's part is read, not all.
         return piece.of_expert(self.raw.row(piece.tensor, piece.expert)).contiguous()
+
+    def quantized(self, name: str) -> Quantized | None:
+        """That of a tensor which is no piece of another."""
+        return None if name in self.pieces else self.raw.quantized(name)
 
     def fingerprint(self) -> str:
         """That of the store with the fused tensors."""

@@ -30,7 +30,7 @@ class ModelFiles:
     """Everything of a model that goes into a checkpoint besides its quantized layers.
 
     store: its tensors. config: the contents of config.json. side_files: files copied as they are. savers: objects with
-    `save_pretrained`, for a live model that came without a folder.
+    `save_pretrained`, for a live model that came without a folder. packed: some of its weights are quantized already.
     """
 
     store: TensorStore
@@ -38,6 +38,7 @@ class ModelFiles:
     side_files: tuple[Path, ...] = ()
     savers: tuple[Any, ...] = field(default=())
     folder: Path | None = None
+    packed: bool = False
 
 
 def resolve(model: str, *, platform: str = "hf", revision: str | None = None) -> Path:
@@ -142,7 +143,13 @@ def open_folder(folder: Path) -> ModelFiles:
         store = open_store(paths, config, skeleton(folder))
     if store is None:
         raise ModelError(f"{folder}: no safetensors weights; convert the model with save_pretrained first")
-    return ModelFiles(store=store, config=config, side_files=side_files(folder), folder=folder)
+    return ModelFiles(
+        store=store,
+        config=config,
+        side_files=side_files(folder),
+        folder=folder,
+        packed=not isinstance(store, Checkpoint),
+    )
 
 
 def has_weights(folder: Path) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 
 from auto_round.core.errors import ModelError
 from auto_round.core.plan import Plan
+from auto_round.core.quantized import Quantized
 from auto_round.models import load
 from auto_round.models.anatomy import Anatomy, Layer, anatomy
 from auto_round.models.checkpoint import StateDict, names_match
@@ -42,6 +43,13 @@ class Subject:
         if self.unties(layer):  # its own name, as the embedding's tensor stays what it is
             return layer
         return self.names[tensor].removesuffix(".weight")
+
+    def quantized(self, layer: str) -> Quantized | None:
+        """The weight of `layer` as it is stored, where that is quantized and of its shape; None otherwise."""
+        about = self.anatomy.layers[layer]
+        stored = None if self.unties(layer) else self.names.get(about.tensor)
+        found = None if stored is None else self.files.store.quantized(stored)
+        return found if found is not None and found.shape == about.shape else None
 
     def unties(self, layer: str) -> bool:
         """Whether quantizing `layer` cuts its tie to the embedding, whose tensor then stays."""

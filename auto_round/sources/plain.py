@@ -19,6 +19,7 @@ from torch import Tensor
 from auto_round.codecs.base import codec_of
 from auto_round.core.errors import FormatError, ModelError
 from auto_round.core.minifloat import e8m0_value
+from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import TensorSpec
 from auto_round.formats.base import Format, planned_tensors
 from auto_round.formats.reading import described
@@ -48,11 +49,15 @@ E2M1_VALUES = (
 
 @dataclass(frozen=True, slots=True)
 class Derived:
-    """A plain tensor made of stored ones. make: from the stored ones, or their rows, to the plain one in float32."""
+    """A plain tensor made of stored ones. make: from the stored ones, or their rows, to the plain one in float32.
+
+    read: from the stored ones to codes and grids, for those that have them.
+    """
 
     info: TensorInfo
     parts: tuple[str, ...]
     make: Callable[[Mapping[str, Tensor]], Tensor]
+    read: Callable[[Mapping[str, Tensor]], Quantized] | None = None
 
 
 class PlainStore(TensorStore):
@@ -79,6 +84,13 @@ class PlainStore(TensorStore):
             return self.get(name)[index]
         own = {part: self.raw.row(part, index).unsqueeze(0) for part in one.parts}
         return one.make(own)[0].to(one.info.dtype)
+
+    def quantized(self, name: str) -> Quantized | None:
+        """What one of the formats of this package reads of the tensor called `name`."""
+        one = self._derived.get(name)
+        if one is None:
+            return self.raw.quantized(name)
+        return None if one.read is None else one.read({part: self.raw.get(part) for part in one.parts})
 
     def place(self, name: str) -> Place | None:
         """That of a tensor which is stored plain."""
@@ -115,11 +127,13 @@ def open_folder(folder: Path) -> ModelFiles:
         "%s is quantized already: %d tensors are dequantized as they are read%s",
         folder,
         len(derived),
-        "; rounding them a second time costs accuracy, the original model is better" if integers else "",
+        "; what cannot keep its grid is rounded a second time, which costs accuracy: the original model is better"
+        if integers
+        else "",
     )
     left = ("quantization_config", "quantization")
     config = {key: value for key, value in files.config.items() if key not in left}
-    return replace(files, store=PlainStore(files.store, derived, hidden), config=config)
+    return replace(files, store=PlainStore(files.store, derived, hidden), config=config, packed=True)
 
 
 def _derived(store: TensorStore, config: Mapping[str, Any]) -> tuple[dict[str, Derived], set[str]]:
@@ -175,11 +189,14 @@ def _packed(
     parts = tuple(sorted(name for name in stored if not name.endswith(".bias")))
     assert mark in parts, "a mark is a part"
 
+    def read(tensors: Mapping[str, Tensor]) -> Quantized:
+        return fmt.read({suffixes[name]: tensor for name, tensor in tensors.items()}, spec, shape)
+
     def make(tensors: Mapping[str, Tensor]) -> Tensor:
-        q = fmt.read({suffixes[name]: tensor for name, tensor in tensors.items()}, spec, shape)
+        q = read(tensors)
         return codec_of(q.spec).dequantize(q)
 
-    return Derived(TensorInfo(dtype, shape), parts, make)
+    return Derived(TensorInfo(dtype, shape), parts, make, read)
 
 
 def _shape(layer: str, infos: Mapping[str, TensorInfo], fmt: Format, spec: TensorSpec) -> tuple[int, int]:

@@ -43,6 +43,10 @@ class Step(ABC):
     ) -> dict[str, Knobs]:
         """Knobs for the layers of `block`, given those of the steps before."""
 
+    def finish(self) -> None:
+        """Called once after the last block."""
+        return None
+
 
 def specs_of(block: Block, plan: Plan) -> dict[str, TensorSpec]:
     """Layer -> spec for the layers of `block` that are quantized."""

@@ -128,7 +128,7 @@ def group_weights(importance: Tensor | None, shape: tuple[int, int], group: Grou
     if importance is None:
         return None
     # Of the live channels only: dead ones would pull their own substitute towards zero.
-    floor = importance[importance > 0].mean() if bool((importance > 0).any()) else torch.ones(())
+    floor = importance[importance > 0].mean() if bool((importance > 0).any()) else importance.new_ones(())
     weights = torch.where(importance > 0, importance, floor.to(importance.dtype)).float()
     grouped = split(weights.expand(shape), group)
     dead = split((importance <= 0).float().expand(shape), group).mean(1, keepdim=True) > 0.5

@@ -167,7 +167,9 @@ class BlockCodec(Codec):
     def _compiled_search(self, search: Callable[..., None], w: Tensor, importance: Tensor | None) -> Knobs:
         """The same by the functions of ggml_search.c, with more candidates: on as many threads as torch has."""
         rows, columns = w.shape
-        weights = torch.ones(columns) if importance is None else alive(importance).contiguous()
+        # float32 by name here and in `results`: C takes addresses, and torch's default dtype is the caller's to set.
+        flat = torch.ones(columns, dtype=torch.float32)
+        weights = flat if importance is None else alive(importance).contiguous()
         outputs, named = self.results(w.numel() // self.group)
 
         def run(part: slice) -> None:

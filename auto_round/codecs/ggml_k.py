@@ -96,7 +96,7 @@ class KQuant(BlockCodec):
         """Super-scales, super-offsets, sub-scales and sub-offsets."""
         blocks = groups * self.group // SUPER
         shapes = {"scale": 1, "min": 1, "sub_scale": SUPER // self.group, "sub_min": SUPER // self.group}
-        every = {name: torch.empty(blocks, count) for name, count in shapes.items()}
+        every = {name: torch.empty(blocks, count, dtype=torch.float32) for name, count in shapes.items()}
         return list(every.values()), {name: every[name] for name in self.stored}
 
     def pack(self, q: Quantized) -> Tensor:

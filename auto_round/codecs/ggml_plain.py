@@ -64,7 +64,7 @@ class Plain(BlockCodec):
 
     def results(self, groups: int) -> tuple[list[Tensor | None], dict[str, Tensor]]:
         """Scale and, with offsets, offset of each group."""
-        named = {name: torch.empty(groups, 1) for name in self.stored}
+        named = {name: torch.empty(groups, 1, dtype=torch.float32) for name in self.stored}
         return [named["scale"], named.get("offset")], named
 
     def pack(self, q: Quantized) -> Tensor:

@@ -324,7 +324,7 @@ class _Best:
     def __init__(self, groups: Tensor, weight: Tensor | None, spec: TensorSpec) -> None:
         self.groups, self.weight, self.spec = groups, weight, spec
         # Infinite, so that the first offer is taken everywhere.
-        self.error = torch.full((groups.shape[0], 1), torch.inf, device=groups.device)
+        self.error = groups.new_full((groups.shape[0], 1), torch.inf)
         self.scale = torch.zeros_like(self.error)
         self.zero = torch.zeros_like(self.error)
         self.factors = [torch.ones_like(self.error), torch.ones_like(self.error)]
@@ -382,7 +382,7 @@ def _refine_on_gram(best: _Best, shape: tuple[int, int], gram: Tensor) -> None:
         level = (kept + weights[:, j]) / scale  # the codes less their zero point, as floats
         power = ((level @ own) * level).sum(1, keepdim=True).clamp(min=1e-30)
         fitted = (((weights[:, j] @ own) - outside) * level).sum(1, keepdim=True) / power
-        factors = torch.linspace(1 - GRAM_REACH, 1 + GRAM_REACH, GRAM_STEPS).tolist()
+        factors = _spaced(1 - GRAM_REACH, 1 + GRAM_REACH, GRAM_STEPS)
         for candidate in (fitted, *(scale * factor for factor in factors)):
             # A fitted scale of zero or of the other sign would turn all codes around: the old one stands in for it.
             usable = torch.where(candidate * scale > 0, candidate, scale)
@@ -397,6 +397,12 @@ def _refine_on_gram(best: _Best, shape: tuple[int, int], gram: Tensor) -> None:
     best.scale = scales.reshape(-1, 1)
 
 
+def _spaced(low: float, high: float, count: int) -> list[float]:
+    """Evenly spaced numbers from `low` to `high`, of float32 whatever the default dtype of the process."""
+    numbers: list[float] = torch.linspace(low, high, count, dtype=torch.float32).tolist()
+    return numbers
+
+
 def _error(groups: Tensor, grid: Grid, spec: TensorSpec) -> Tensor:
     """fake - w of grouped weights."""
     return (_codes(groups, grid, spec, None) - grid.zero) * grid.scale - groups
@@ -409,23 +415,23 @@ def _sweep_symmetric(best: _Best, low: Tensor, high: Tensor) -> None:
     own = torch.where(positive, magnitude, -magnitude)
     best.offer(_grid(low, high, best.spec), 1.0)  # plain rounding, so that a search is never worse
     for sign in (1.0, -1.0):
-        for factor in torch.linspace(0.3, 1.3, SEARCH_STEPS).tolist():
+        for factor in _spaced(0.3, 1.3, SEARCH_STEPS):
             extreme = own * (sign * factor)
             best.offer(_grid(extreme.clamp(max=0), extreme.clamp(min=0), best.spec), sign * factor)
     center, step = best.factors[0], 1.0 / (SEARCH_STEPS - 1)  # a center for each group
-    for shift in torch.linspace(-step, step, REFINE_STEPS).tolist():
+    for shift in _spaced(-step, step, REFINE_STEPS):
         extreme = own * (center + shift)
         best.offer(_grid(extreme.clamp(max=0), extreme.clamp(min=0), best.spec), center + shift)
 
 
 def _sweep_asymmetric(best: _Best, low: Tensor, high: Tensor) -> None:
     """Both ends shrunk independently: a coarse table, then finer steps of each end in turn."""
-    coarse = torch.linspace(0.4, 1.1, 8).tolist()
+    coarse = _spaced(0.4, 1.1, 8)
     best.offer(_grid(low, high, best.spec), 1.0, 1.0)  # plain rounding first
     for a in coarse:
         for b in coarse:
             best.offer(_grid(low * a, high * b, best.spec), a, b)
     for step in (0.05, 0.025, 0.0125):
         for moves in ((-step, 0.0), (step, 0.0), (0.0, -step), (0.0, step)):
-            a, b = best.factors[0] + moves[0], best.factors[1] + moves[1]
-            best.offer(_grid(low * a, high * b, best.spec), a, b)
+            left, right = best.factors[0] + moves[0], best.factors[1] + moves[1]
+            best.offer(_grid(low * left, high * right, best.spec), left, right)

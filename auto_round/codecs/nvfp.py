@@ -138,7 +138,7 @@ class NVFloat(ElementCodec):
         """The scales within a factor of two."""
         kind = SCALES[spec.scale_dtype]
         code = kind.encode(grid["scale"]).int()
-        largest = int(kind.encode(torch.tensor(kind.top)))
+        largest = int(kind.encode(torch.tensor(kind.top, dtype=torch.float32)))
         shifts = [shift for shift in range(-REACH, REACH + 1) if shift]
         # Codes of positive floats are in the order of their values, so neighbours are one apart; code 0 is zero.
         return [kind.decode((code + shift).clamp(1, largest)) for shift in shifts]

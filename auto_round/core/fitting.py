@@ -76,7 +76,7 @@ class Blocks:
         self._q, self._p = torch.empty_like(x), torch.empty_like(x)
         wx = x if weight is None else weight * x
         self._wx = wx
-        count = torch.full((x.shape[1],), float(x.shape[0]), device=x.device)
+        count = torch.full((x.shape[1],), float(x.shape[0]), dtype=torch.float32, device=x.device)
         self.w = count if weight is None else weight.sum(0)
         self.wx, self.wxx = wx.sum(0), (wx * x).sum(0)
 

@@ -99,7 +99,8 @@ class MiniFloat:
 
 @cache
 def _values(element: MiniFloat, device: torch.device) -> Tensor:
-    return torch.tensor(element.values(), device=device)  # float32, so that products with scales are too
+    # float32, so that products with scales are too, whatever torch's default dtype is at the first call.
+    return torch.tensor(element.values(), dtype=torch.float32, device=device)
 
 
 E2M1 = MiniFloat(bits=4, mantissa=1, least=0, top=6.0)

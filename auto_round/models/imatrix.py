@@ -87,7 +87,9 @@ def write_imatrix(
         rows = values.reshape(-1, values.shape[-1]).float()
         # The file has sums; readers divide by the counts.
         writer.add_tensor(name + SUMS, (rows * tokens).numpy())
-        writer.add_tensor(name + COUNTS, torch.full((len(rows), 1), float(tokens)).numpy())
+        writer.add_tensor(
+            name + COUNTS, torch.full((len(rows), 1), float(tokens), dtype=torch.float32).numpy()
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

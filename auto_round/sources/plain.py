@@ -252,7 +252,7 @@ def _mxfp4(name: str, blocks: TensorInfo, dtype: torch.dtype) -> Derived:
     """Stacked experts, (E, O, I / 32, 16) bytes of two values each with (E, O, I / 32) exponents, as (E, I, O)."""
     experts, rows, groups, half = blocks.shape
     columns = groups * half * 2
-    signed = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)])
+    signed = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], dtype=torch.float32)
 
     def make(tensors: Mapping[str, Tensor]) -> Tensor:
         codes = tensors[f"{name}{BLOCKS}"]

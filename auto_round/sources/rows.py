@@ -64,7 +64,7 @@ class MemoryRows(Rows):
         self, shape: tuple[int, ...], device: torch.device | str = "cpu", *, pinned: bool = False
     ) -> None:
         self.shape, self._device, self._pinned = shape, device, pinned
-        self._values = torch.empty(shape, device=device, pin_memory=pinned)
+        self._values = torch.empty(shape, dtype=torch.float32, device=device, pin_memory=pinned)
 
     def __getitem__(self, rows: Sequence[int]) -> Tensor:
         return self._values[list(rows)]
@@ -88,7 +88,7 @@ class FileRows(Rows):
         weakref.finalize(self, self._file.close)
 
     def __getitem__(self, rows: Sequence[int]) -> Tensor:
-        found = torch.empty(len(rows), *self.shape[1:])
+        found = torch.empty(len(rows), *self.shape[1:], dtype=torch.float32)
         for at, row in enumerate(rows):
             buffer, done = raw_bytes(found[at]), 0
             while done < self._each:

@@ -49,7 +49,7 @@ def best_factors(stack: Stack) -> Tensor:
     for part in torch.arange(rows, device=stack.weight.device).split(max(1, ROWS // (count * columns))):
         fake = stack.fake[part]
         # F_g as a full row with zeros elsewhere: one product with the Gram matrix for all groups.
-        spread = torch.zeros(len(part), count, columns, device=fake.device)
+        spread = fake.new_zeros(len(part), count, columns)
         for g in range(count):
             here = slice(g * stack.size, (g + 1) * stack.size)
             spread[:, g, here] = fake[:, here]

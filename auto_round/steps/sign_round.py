@@ -193,7 +193,9 @@ class SignRound(Step):
             if not knob.per_value and not self.minmax:
                 continue
             own = rate if knob.per_value else (self.minmax_lr or rate)
-            first = start.get(name, torch.full(knob.shape, knob.neutral, device=weight.device))
+            first = start.get(
+                name, torch.full(knob.shape, knob.neutral, dtype=torch.float32, device=weight.device)
+            )
             if knob.per_value:
                 # Not in place: the incoming knobs are a candidate of their own.
                 first = first * self.offset_share
@@ -207,7 +209,7 @@ class SignRound(Step):
 
     def _accumulate(self, block: Block, batches: list[Batch], rows: list[int], trim: float) -> Tensor:
         """The loss over the samples `rows`, (); its gradients are added up in micro-batches."""
-        total = torch.zeros(())
+        total = torch.zeros((), dtype=torch.float32)
         for start in range(0, len(rows), self.batch_size):
             part = rows[start : start + self.batch_size]
             out = block.run(part, _fakes(batches))

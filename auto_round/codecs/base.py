@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
@@ -54,6 +55,10 @@ class Codec(ABC):
     def tie(self, weights: Sequence[Tensor], spec: TensorSpec) -> list[Knobs]:
         """For each of `weights` (O, I), the layers of one fused set, the knobs they must share. Default: none."""
         return [NEUTRAL] * len(weights)
+
+    def reach(self, spec: TensorSpec) -> float:
+        """The largest magnitude that can be stored; what is beyond would saturate."""
+        return math.inf
 
     def needs_range(self, spec: TensorSpec) -> bool:
         """Whether inputs of `spec` need a calibrated range, because not all of it is found at run time."""

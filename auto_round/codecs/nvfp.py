@@ -7,6 +7,7 @@ With E5M3 scales, unsigned and of a wider range, there is none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -84,6 +85,10 @@ class NVFloat(ElementCodec):
         shared = _global_scale(torch.stack([w.abs().amax().float() for w in weights]).amax()).reshape(1, 1)
         counts = [group_count((w.shape[0], w.shape[1]), spec.group) for w in weights]
         return [{"global_scale": shared.repeat(count, 1)} for count in counts]
+
+    def reach(self, spec: TensorSpec) -> float:
+        """Where there is no global scale, that of the largest scale."""
+        return math.inf if spec.scale_dtype == "e4m3" else E2M1.top * SCALES[spec.scale_dtype].top
 
     def needs_range(self, spec: TensorSpec) -> bool:
         """With a calibrated global scale."""

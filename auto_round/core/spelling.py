@@ -38,7 +38,7 @@ def spelled(text: str) -> Word:
         return IRREGULAR[word]
     found = REGULAR.fullmatch(word)
     if found is None:
-        return Word(word)
+        return Word(word, scale_dtype=_usual_scales(word))
     family, bits, element, rounding = found.groups()
     # "mxfp4" and "mx_fp4" are the same word.
     dtype = family if "_" in family else family.replace("mx", "mx_").replace("nv", "nv_")
@@ -57,11 +57,17 @@ def spell(dtype: str, bits: int, variant: str, scale_dtype: str) -> str:
     return f"{dtype}{bits}{variant}" if re.match(r"e\dm\d", variant) else f"{dtype}_{variant}"
 
 
+def _usual_scales(dtype: str) -> str:
+    """Dtype of the scales of codec `dtype`; of no known family, by whether it begins with "mx_" or "nv_"."""
+    start = {"mx": "e8m0", "nv": "e4m3"}.get(dtype.partition("_")[0], "float16")
+    return FAMILIES.get(dtype, start)
+
+
 def scale_dtype_of(dtype: str, given: str | None = None, *, run_time: bool = False) -> str:
     """Dtype of the scales of codec `dtype`. Float scales that are made at run time are not stored: float32."""
-    usual = given or FAMILIES.get(dtype, "float16")
+    usual = given or _usual_scales(dtype)
     # E8M0 and E4M3 scales are part of the number format, so inputs have them at run time as well.
-    stored_as_float = FAMILIES.get(dtype, "float16") in ("float16", "bfloat16")
+    stored_as_float = _usual_scales(dtype) in ("float16", "bfloat16")
     if run_time:
         return "float32" if stored_as_float else usual
-    return FAMILIES.get(dtype, "float16") if stored_as_float else usual
+    return _usual_scales(dtype) if stored_as_float else usual

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from auto_round.codecs.base import codecs
+from auto_round.codecs.elements import ElementCodec
 from auto_round.core.element_layouts import read_elements, write_elements
 from auto_round.core.groups import group_size
 from auto_round.core.layouts import read_gptq, write_gptq
@@ -25,7 +27,6 @@ from auto_round.formats.base import (
     reject_integer,
 )
 
-ELEMENTS = ("mx_fp", "mx_int", "nv_fp", "fp")
 INT_BITS = (2, 3, 4, 8)
 BLOCK_SCALE = "weight_scale_inv"  # DeepSeek's name: a factor to multiply by, all the same
 VALUES_PER_UNIT = {4: 2, 6: 16, 8: 1}  # values that fill whole bytes, or for 6 bits whole words
@@ -43,8 +44,10 @@ class Floats(Format):
             return None
         if spec.dtype == "int":
             return reject_integer(self.name, Scheme(weight=spec), INT_BITS, "Use --format fake")
-        if spec.dtype not in ELEMENTS:
-            known = ", ".join(("int", *ELEMENTS))
+        if not isinstance(codecs().get(spec.dtype), ElementCodec):
+            known = ", ".join(
+                ["int", *(n for n, codec in codecs().items() if isinstance(codec, ElementCodec))]
+            )
             return f"{self.name} stores {known}, got {spec.dtype!r}. Use the format made for that data type"
         return None
 
@@ -122,8 +125,9 @@ def _uneven(spec: TensorSpec, shape: tuple[int, int]) -> str | None:
         return indivisible(shape)
     if spec.dtype == "fp":
         return None
-    unit = max(group_size(shape, spec.group), VALUES_PER_UNIT[spec.bits])
-    if shape[1] % unit or shape[1] % VALUES_PER_UNIT[spec.bits]:
+    values = VALUES_PER_UNIT.get(spec.bits, 1)  # of other widths are the types that `reject` names
+    unit = max(group_size(shape, spec.group), values)
+    if shape[1] % unit or shape[1] % values:
         return f"rows of {shape[1]} do not divide into groups of {unit}"
     return None
 

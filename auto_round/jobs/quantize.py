@@ -5,6 +5,7 @@ RTN is the empty list of steps; optimised RTN and SignRound are other lists; str
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -154,7 +155,13 @@ def check_finite(block: Block, specs: dict[str, TensorSpec]) -> None:
 
 
 def encode(name: str, weight: torch.Tensor, spec: TensorSpec, knobs: Knobs) -> Quantized:
-    """The one place where codes are made. Raises SchemeError when a stored parameter overflows its dtype."""
+    """The one place where codes are made. Raises SchemeError when a weight or a stored parameter overflows."""
+    reach = codec_of(spec).reach(spec)
+    if reach < math.inf and bool((largest := weight.abs().max()) > reach):
+        raise SchemeError(
+            f"{name}: {largest.item():.3g}-sized weights overflow {spec.dtype}, which holds up to {reach:g} with "
+            f"{spec.scale_dtype} scales. Use another scheme, or keep this layer in floating point with ignore_layers"
+        )
     q = codecs.encode(weight.detach(), spec, knobs)
     for key, tensor in q.params.items():
         # float16 ends at 65504, and one infinite scale turns a whole group into NaN at load.

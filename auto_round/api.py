@@ -22,20 +22,17 @@ from auto_round.jobs.export import CheckpointWriter
 from auto_round.jobs.journal import Journal, Resumed
 from auto_round.jobs.manifest import manifest
 from auto_round.jobs.outline import Outline
-from auto_round.jobs.placing import Wish, place
-from auto_round.jobs.planner import SAMPLES
 from auto_round.jobs.quantize import Observer, Pass, quantize
 from auto_round.jobs.report import Report
 from auto_round.jobs.stream import Locked, stream
-from auto_round.jobs.workers import cores
 from auto_round.material import Material
-from auto_round.models.device import execution_dtype, parse_devices
+from auto_round.models.device import execution_dtype
 from auto_round.models.memory import peak_memory, peak_of, reset_peak
-from auto_round.models.shards import parse_size
 from auto_round.models.subject import Subject
 from auto_round.options import Options
 from auto_round.outputs import open_writers, writer_for
 from auto_round.planning import base_scheme, formats_for, plan_for, settled
+from auto_round.sizing import Sizing, check_whole
 from auto_round.sources.base import Needs, Source
 from auto_round.sources.blocks import LiveSource
 from auto_round.sources.dataset import Calibration
@@ -101,9 +98,10 @@ class AutoRound:
     def quantize(self) -> tuple[nn.Module, dict[str, dict[str, object]]]:
         """Quantize in memory. Returns the model, with the weights that the codes stand for, and layer settings."""
         kept = Kept()
+        check_whole(self.material, "quantize() returns it; quantize_and_save() may do without")
         model = self.material.live_model()
         plan = self._plan_in_memory()
-        self._place(plan, measure=False)
+        self._place(plan, [], keeps=True)
         steps = self.steps(plan)
         self._run(self._source(steps), Pass(plan, steps, [kept]))
         self._kept = kept
@@ -154,13 +152,13 @@ class AutoRound:
         with ExitStack() as stack:
             plans = [self.make_plan(group) for group in groups]
             self.plan = plans[0]
-            self._place(self.plan, measure=self.options.report is not None)
+            reset_peak()
+            self._place(self.plan, groups[0], measure=self.options.report is not None)
             self._scratch = Path(output_dir)
             report = Report()
             self.observers.append(report)
             # A second call on this object has a report of its own.
             stack.callback(self.observers.remove, report)
-            reset_peak()
             # A journal belongs to one plan; of several types made in one pass it could restore only the first.
             journal = None
             if len(plans) == 1:
@@ -210,7 +208,8 @@ class AutoRound:
             plans.append(plan)
         if not plans:
             raise FormatError("no format can hold this plan: " + "; ".join(map(str, sizes.values())))
-        self._place(plans[0], measure=rehearse, with_data=False)
+        possible = next(name for name, size in sizes.items() if isinstance(size, int))
+        self._place(plans[0], self._formats(possible), measure=rehearse, with_data=False)
         assert self.placement is not None, "it has been made"
         body, store = self.subject().anatomy, self.subject().files.store
         return Outline(
@@ -247,8 +246,8 @@ class AutoRound:
         observers = self.observers
         for each in passes:
             writers = [w if isinstance(w, CheckpointWriter) else Locked(w) for w in each.writers]
-            workers = self.options.workers or cores()
-            stream(source, each.plan, each.steps, writers, observers, workers=workers)
+            assert self.placement is not None and self.placement.workers, "streams are placed too"
+            stream(source, each.plan, each.steps, writers, observers, workers=self.placement.workers)
             observers = []  # one account of the blocks is enough
             for step in each.steps:
                 step.finish()
@@ -280,20 +279,11 @@ class AutoRound:
         """Shards when weights are all that is needed, else the live model."""
         needs = max((step.needs for step in steps), default=Needs.NOTHING)
         requires = max((step.requires for step in steps), default=Needs.NOTHING)
-        subject, streamable = self.subject(), self.model is None
-        if self.options.model_free and requires > Needs.NOTHING:
-            raise PlanError(
-                "model_free quantizes from weights alone: use iters=0 and a scheme whose inputs need no calibration, "
-                "or leave model_free out"
-            )
-        data = self.material.samples(needs, requires)
-        if data is None and streamable and not self.options.disable_model_free:
+        subject, data = self.subject(), self.material.samples(needs, requires)
+        assert self.placement is not None, "jobs are placed before they run"
+        if self.placement.workers is not None:
             logger.info("no forward is needed: quantizing straight from the checkpoint's shards")
             return TensorSource(subject.anatomy, subject.files.store, subject.names)
-        if self.placement is None:
-            self.placement = Placement(
-                device=str(parse_devices(self.options.device_map).main), micro_batch=self.numbers.batch_size
-            )
         return self._live_source(self.placement, data, quantized=requires is Needs.FORWARD)
 
     def _live_source(self, placement: Placement, data: Calibration | None, *, quantized: bool) -> LiveSource:
@@ -310,38 +300,22 @@ class AutoRound:
         )
         return LiveSource(self.material.runnable(), self.subject().anatomy, execution, data)
 
-    def _place(self, plan: Plan, *, measure: bool, with_data: bool = True) -> None:
+    def _place(
+        self,
+        plan: Plan,
+        formats: Sequence[Format],
+        *,
+        measure: bool = False,
+        with_data: bool = True,
+        keeps: bool = False,
+    ) -> None:
         """Decide where things live and how many samples run at once. Raises PlanError when no limit can be kept."""
-        devices = parse_devices(self.options.device_map)
-        steps = self.steps(plan)
-        needs = max((step.needs for step in steps), default=Needs.NOTHING)
-        limits = [
-            None if size is None else parse_size(size)
-            for size in (self.options.max_ram, self.options.max_vram)
-        ]
-        if self.subject().tree is None or needs is Needs.NOTHING or self.numbers.nsamples == 0:
-            self.placement = Placement(device=str(devices.main), micro_batch=self.numbers.batch_size)
-            return
-        tuned = any(step.requires is Needs.FORWARD for step in steps)
-        if with_data:  # whatever it imports is part of the process before the peak
-            self.material.samples(needs, max(step.requires for step in steps))
-        seqlen = self.material.seqlen()
-        tree = self.subject().tree
-        rows = tree.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr, operator]
-        # Any tokens: how long a block takes and what it holds depend on their number.
-        tokens = torch.randint(rows, (SAMPLES, seqlen), generator=torch.Generator().manual_seed(0))
-
-        def source(at_once: int) -> LiveSource:
-            place = Placement(device=str(devices.main), micro_batch=at_once)
-            return self._live_source(place, Calibration(tokens), quantized=tuned)
-
-        wish = Wish(
-            subject=self.subject(), plan=plan, devices=devices, batch=self.numbers.batch_size,
-            samples=self.numbers.nsamples, seqlen=seqlen, iters=self.numbers.iters,
-            chains=3 if tuned and self.options.enable_quanted_input else 2, low_vram=self.options.low_gpu_mem_usage,
-            source=source, steps=lambda at_once, iters: self.steps(plan, at_once=at_once, iters=iters),
+        sizing = Sizing(
+            material=self.material, plan=plan, formats=formats, measure=measure, with_data=with_data, keeps=keeps,
+            steps=lambda at_once, iters: self.steps(plan, at_once=at_once, iters=iters),
+            live=lambda placed, data, quantized: self._live_source(placed, data, quantized=quantized),
         )  # fmt: skip
-        self.placement, self.seconds = place(wish, max_ram=limits[0], max_vram=limits[1], measure=measure)
+        self.placement, self.seconds = sizing.placement()
 
 
 @contextmanager

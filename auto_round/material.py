@@ -8,19 +8,21 @@ import tempfile
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from auto_round.core.errors import DataError, ModelError
 from auto_round.core.scheme import Scheme
 from auto_round.core.selection import parse_layer_config
+from auto_round.jobs.planner import rounded
 from auto_round.models import load
 from auto_round.models.checkpoint import has_safetensors
 from auto_round.models.device import parse_devices
 from auto_round.models.gguf_folder import unpack
-from auto_round.models.memory import available_memory
+from auto_round.models.memory import available_memory, give_back, resident_memory
 from auto_round.models.quirks import EMBEDDINGS
+from auto_round.models.shards import parse_size
 from auto_round.models.skeleton import Skeleton, filled
 from auto_round.models.stored import streamed_subject
 from auto_round.models.subject import Subject, check_streamed, open_subject
@@ -32,10 +34,18 @@ from auto_round.sources.base import Needs
 from auto_round.sources.dataset import Calibration, Request, load_calibration
 from auto_round.sources.dataset_names import DEFAULT_DATASET
 from auto_round.sources.kv_cache import cache_ranges
+from auto_round.sources.self_text import TOGETHER, Author, bytes_of_one
 
 logger = logging.getLogger("auto_round")
 SMALL_SHARE = 1 / 16
 """A model of at most this share of the free memory is loaded as a whole, so that it can be returned."""
+
+
+class WeightsHome(NamedTuple):
+    """Whether the model is in memory as a whole, else block by block, and what decided it."""
+
+    whole: bool
+    why: str
 
 
 class Material:
@@ -47,6 +57,7 @@ class Material:
         self._subject: Subject | None = None
         self._calibration: Calibration | None = None
         self._cache_ranges: Mapping[str, tuple[Tensor, Tensor]] | None = None
+        self.author_bytes = 0  # predicted peak of this process while the model wrote its own calibration text
         if isinstance(model, nn.Module):
             self.model: nn.Module | None = model.eval()  # dropout would give the float output noise to match
             self.folder: Path | None = None
@@ -126,16 +137,18 @@ class Material:
     def live_model(self) -> nn.Module:
         """The model as a whole, loaded when first asked for; dequantized when its own weights are packed."""
         if self.model is None:
-            assert self.folder is not None, "a model or a folder is given"
-            if self._is_packed():
-                self.model = self._dequantized()
-                return self.model
-            self.model = load.load_model(
-                self.folder,
-                trust_remote_code=self.options.trust_remote_code,
-                dtype=self.options.model_dtype or "auto",
-            )
+            self.model = self._loaded()
         return self.model
+
+    def _loaded(self) -> nn.Module:
+        assert self.folder is not None, "a model or a folder is given"
+        if self._is_packed():
+            return self._dequantized()
+        return load.load_model(
+            self.folder,
+            trust_remote_code=self.options.trust_remote_code,
+            dtype=self.options.model_dtype or "auto",
+        )
 
     def _dequantized(self) -> nn.Module:
         """The module tree, filled from weights that are dequantized as they are read."""
@@ -147,25 +160,62 @@ class Material:
             )
         return filled(subject.tree, subject.located)
 
+    def _author(self) -> Author:
+        """The model as a whole, which it has to be while it writes its own calibration text; kept only if it is anyway.
+
+        Raises DataError when it does not fit.
+        """
+        tree = self.subject().tree
+        assert tree is not None, "jobs with data have a module tree"
+        one = bytes_of_one(tree.config.get_text_config(), self.seqlen())  # type: ignore[operator, union-attr]
+        give_back()
+        base, weights = resident_memory(), 0 if self.model is not None else self.weight_bytes()
+        limit = self.options.max_ram
+        most = base + available_memory() if limit is None else parse_size(limit)
+        together = min(TOGETHER, (most - base - weights) // one)
+        if together < 1:
+            raise DataError(
+                f"dataset 'self': the model writes the text itself and is in memory as a whole meanwhile. That takes "
+                f"{base + weights + one:,} bytes of {most:,}: {base:,} for this process, {weights:,} for the weights, "
+                f"{one:,} for one sample. Give other calibration data"
+                + ("" if limit is None else f", or --max-ram {rounded(base + weights + one)}")
+            )
+        self.author_bytes = base + weights + together * one
+        whole = self.model is not None or self.weights_home().whole
+        return Author(self.live_model() if whole else self._loaded(), together)
+
     def runnable(self) -> nn.Module | Skeleton:
         """The model as a whole when there is one or is to be one, else its skeleton."""
         subject = self.subject()
         if self.model is not None or subject.located is None or subject.tree is None:
             return self.live_model()
-        if self._fits_whole():
+        if self.weights_home().whole:
             subject.located.check(subject.tree)
             return self.live_model()
         return Skeleton(subject.tree, subject.located, subject.anatomy.in_order())
 
-    def _fits_whole(self) -> bool:
+    def weights_home(self) -> WeightsHome:
         """Whether the model is loaded as a whole: as was said, else when it is small beside the free memory."""
-        files = self.subject().files
-        if self.options.low_cpu_mem_usage is not None:
-            return not self.options.low_cpu_mem_usage
+        said = self.options.low_cpu_mem_usage
+        if self.model is not None or self.subject().located is None:
+            return WeightsHome(
+                True, "they cannot be read block by block" if self.model is None else "as given"
+            )
+        if said is not None:
+            return WeightsHome(not said, f"low_cpu_mem_usage={said}")
         # A limit is kept by holding one block; packed weights are unpacked a block at a time.
-        if self.options.max_ram is not None or self._is_packed():
-            return False
-        return sum(info.nbytes for info in files.store.infos.values()) <= SMALL_SHARE * available_memory()
+        if self._is_packed():
+            return WeightsHome(False, "they are quantized already, and unpacked a block at a time")
+        if self.options.max_ram is not None:
+            return WeightsHome(False, "max_ram is to be kept")
+        small = self.weight_bytes() <= SMALL_SHARE * available_memory()
+        return WeightsHome(
+            small, "the model is " + ("small" if small else "large") + " beside the free memory"
+        )
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as stored."""
+        return sum(info.nbytes for info in self.subject().files.store.infos.values())
 
     @property
     def tokenizer(self) -> Any:
@@ -200,7 +250,7 @@ class Material:
         )
         dataset = DEFAULT_DATASET if self.options.dataset is None else self.options.dataset
         try:
-            data = load_calibration(dataset, self.tokenizer, request, self.live_model)
+            data = load_calibration(dataset, self.tokenizer, request, self._author)
         except DataError as error:
             if required or self.options.dataset is not None:  # only data that nobody asked for may be missing
                 raise

@@ -16,7 +16,7 @@ from auto_round import AutoRound
 from auto_round.core.errors import DataError
 from auto_round.sources.dataset import Request, load_calibration
 from auto_round.sources.dataset_names import DEFAULT_DATASET, KNOWN, known
-from auto_round.sources.self_text import sample_tokens
+from auto_round.sources.self_text import Author, sample_tokens
 
 CHAT = [{"role": "user", "content": LONG[0]}, {"role": "assistant", "content": LONG[1]}]
 EXTRA = {"meta": {"source": "x"}, "id": 7, "score": 0.5}
@@ -295,7 +295,7 @@ def test_the_models_text_can_be_a_part(tmp_path):
         f"{path}:num=2,self:num=3",
         tokenizer(),
         Request(nsamples=5, seqlen=SEQLEN, seed=0),
-        lambda: tiny("llama"),
+        lambda: Author(tiny("llama")),
     )
     own = [row for row in data.tokens.tolist() if row not in [ids(text)[:SEQLEN] for text in LONG]]
     assert len(data.tokens) == 5 and len(own) == 3

@@ -27,12 +27,20 @@ def show_outline(outline: Outline, console: Console) -> None:
         table.add_row(name, exact, share)
     console.print(table)
     placed = outline.placement
-    console.print(
-        f"blocks run on {placed.device}, {placed.micro_batch} samples at once; hidden states in {placed.activations}"
-    )
+    if placed.workers is not None:
+        console.print(
+            f"weights are all that is looked at: {placed.workers} layers at once, straight from the shards"
+        )
+    else:
+        console.print(
+            f"blocks run on {placed.device}, {placed.micro_batch} samples at once; "
+            f"hidden states in {placed.activations}"
+        )
+    for reason in placed.why:
+        console.print(f"  {reason}", markup=False)
     if placed.ram is not None:
         console.print(
             f"planned peak of main memory {placed.ram:,} bytes, of device memory {placed.vram or 0:,}"
         )
     if outline.seconds is not None:
-        console.print(f"estimated time {outline.seconds:,.0f} s, from a rehearsal of one block")
+        console.print(f"estimated time {outline.seconds:,.0f} s, from a rehearsal")

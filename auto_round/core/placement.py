@@ -14,8 +14,8 @@ class Placement:
     """Made by the planner before the work; sources follow it and decide nothing.
 
     device: where blocks run. layers: layer -> device, for layers inside blocks that run elsewhere. micro_batch:
-    samples run at once. activations: one of `HOMES`. ram, vram: predicted peak bytes of the process and of the main
-    device; None when nothing was predicted.
+    samples run at once. activations: one of `HOMES`. workers: of a stream; None when blocks are run. ram, vram:
+    predicted peak bytes of the process and of the main device; None when nothing was predicted. why: what decided.
     """
 
     device: str
@@ -24,3 +24,5 @@ class Placement:
     layers: Mapping[str, str] = field(default_factory=dict)
     ram: int | None = None
     vram: int | None = None
+    workers: int | None = None
+    why: tuple[str, ...] = ()

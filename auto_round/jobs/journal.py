@@ -200,6 +200,7 @@ class Resumed(Source):
                 self._replay(block)
             else:
                 yield block
+            del block  # before the next one is read
 
     def _replay(self, block: Block) -> None:
         layers, result = self.journal.read(block.name)

@@ -13,7 +13,7 @@ from auto_round.core.plan import Plan
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outline:
     """blocks: their number. sizes: format -> bytes of its weight files, or why it cannot hold the plan. seconds: of all
-    blocks, from a rehearsal of one; None when weights are all that is looked at."""
+    the work, from a rehearsal of its heaviest parts; None when there was none."""
 
     plan: Plan
     blocks: int

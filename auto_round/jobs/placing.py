@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from auto_round.core.errors import PlanError
 from auto_round.core.placement import Placement
 from auto_round.core.plan import Plan
-from auto_round.jobs.planner import Costs, base_memory, choose, costs, estimate, rehearse, spread
+from auto_round.formats.base import Format
+from auto_round.jobs.planner import (
+    Costs,
+    Packed,
+    Rehearsal,
+    Stage,
+    base_memory,
+    choose,
+    estimate,
+    per_sample,
+    rehearse,
+    rounded,
+    spread,
+)
+from auto_round.jobs.quantize import quantize
+from auto_round.jobs.stream import One, Unit, units
 from auto_round.models.device import Devices
+from auto_round.models.memory import Tally, give_back
 from auto_round.models.subject import Subject
-from auto_round.sources.blocks import LiveSource
+from auto_round.sources.tensors import TensorSource
 from auto_round.steps.base import Step
 
 logger = logging.getLogger("auto_round")
@@ -23,20 +41,28 @@ SHARE = 0.9  # of a card's free memory that may be planned for; the rest goes to
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """What is to be placed. batch, samples, seqlen, iters: of the recipe. source: from samples run at once; steps: from
-    samples run at once and iterations. chains: copies of the hidden states."""
+    """What is to be placed. batch, samples, iters: of the recipe. chains: copies of the hidden states. resident:
+    whether the model is in memory as a whole. keeps: whether what is made stays in memory. stage: for rehearsals."""
 
     subject: Subject
-    plan: Plan
     devices: Devices
     batch: int
     samples: int
-    seqlen: int
     iters: int
     chains: int
     low_vram: bool
-    source: Callable[[int], LiveSource]
-    steps: Callable[[int, int], list[Step]]
+    resident: bool
+    keeps: bool
+    stage: Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of the job that was rehearsed. times: how often the job has its like, by size."""
+
+    costs: Costs
+    rehearsal: Rehearsal
+    times: float
 
 
 def place(
@@ -47,14 +73,16 @@ def place(
     Nothing is measured unless there is a limit to keep, `measure` asks for it, or blocks run on an accelerator.
     """
     main = wish.devices.main
-    homes = _homes(main, low_vram=wish.low_vram)
+    homes, why = _homes(main, low_vram=wish.low_vram)
     layers = _layers(wish)
     if main.type == "cpu" and max_ram is None and not measure:
-        return Placement(device=str(main), micro_batch=wish.batch, activations=homes[0], layers=layers), None
+        placed = Placement(device=str(main), micro_batch=wish.batch, activations=homes[0])
+        return replace(placed, layers=layers, why=why), None
     # Without a limit of the user's a card has one all the same: what is free on it.
     if main.type == "cuda" and max_vram is None:
         max_vram = int(torch.cuda.mem_get_info(main)[0] * SHARE)
-    found, seconds = measured(wish)
+    parts = list(_parts(wish))
+    found = _with_kept(wish, parts) if wish.keeps else [part.costs for part in parts]
     placed = choose(found, wish.batch, homes, max_ram=max_ram, max_vram=max_vram)
     logger.info(
         "placement: %d samples at once, hidden states in %s; planned peak %.2f GB of main memory%s",
@@ -63,26 +91,100 @@ def place(
         (placed.ram or 0) / 1e9,
         f", {placed.vram / 1e9:.2f} GB on {main}" if placed.vram else "",
     )
-    return replace(placed, device=str(main), layers=layers), seconds
+    seconds = sum(
+        part.times
+        * estimate(
+            part.rehearsal,
+            iters=wish.iters,
+            batch=wish.batch,
+            at_once=placed.micro_batch,
+            samples=wish.samples,
+        )
+        for part in parts
+    )
+    return replace(placed, device=str(main), layers=layers, why=why), seconds
 
 
-def measured(wish: Wish) -> tuple[Costs, float]:
-    """What the job costs, from a rehearsal on its heaviest block; seconds for all blocks."""
-    tree = wish.subject.tree
+def _parts(wish: Wish) -> Iterator[Part]:
+    """What the heaviest block and the layers outside blocks cost, from rehearsals."""
+    tree, stage = wish.subject.tree, wish.stage
     assert tree is not None, "a job that runs blocks has a module tree"
-    sizes = {block: _bytes(tree.get_submodule(block)) for block in wish.subject.anatomy.in_order()}
+    body = wish.subject.anatomy
+    sizes = {block: _bytes(tree.get_submodule(block)) for block in body.in_order()}
     heaviest = max(sizes, key=lambda block: sizes[block])  # what it takes, every other block has room for
-    rehearsal = rehearse(wish.source, wish.steps, wish.plan, heaviest)
-    states = wish.seqlen * tree.config.get_text_config().hidden_size * torch.float32.itemsize  # type: ignore[union-attr, operator]
-    resident = wish.subject.located is None
-    found = costs(
-        rehearsal, base=base_memory(), outside=0 if resident else _outside(tree, wish.subject),
-        block=0 if resident else sizes[heaviest], states=states, samples=wish.samples, chains=wish.chains,
-        device=wish.devices.main.type,
-    )  # fmt: skip
-    one = estimate(rehearsal, wish.iters, wish.batch, wish.samples)
-    # The other blocks by their weights: the time of a block grows with what it multiplies by.
-    return found, one * sum(sizes.values()) / sizes[heaviest]
+    outside = [name for name in stage.plan.quantized() if body.layers[name].block is None]
+    for name in (heaviest, *outside):
+        inside = name == heaviest
+        # The two chains through the blocks stay while the layer after them has its own two.
+        chains = wish.chains if inside or wish.chains < 3 else wish.chains + 1
+        found = rehearse(stage, name)
+        costs = Costs(
+            name=name, base=base_memory(), outside=0 if wish.resident else _outside(tree, wish.subject),
+            block=0 if wish.resident else sizes[heaviest], fixed=found.whole.peak - per_sample(found),
+            per_sample=per_sample(found), states=stage.states, samples=wish.samples, chains=chains,
+            calls=found.whole.calls, device=wish.devices.main.type,
+        )  # fmt: skip
+        # The other blocks by their weights: the time of a block grows with what it multiplies by.
+        yield Part(costs, found, sum(sizes.values()) / sizes[heaviest] if inside else 1.0)
+
+
+def _with_kept(wish: Wish, parts: Sequence[Part]) -> list[Costs]:
+    """The costs with the codes of all layers, which stay in memory."""
+    kept = int(sum(part.times * part.rehearsal.whole.kept for part in parts))
+    return [replace(part.costs, base=part.costs.base + kept) for part in parts]
+
+
+def place_stream(
+    source: TensorSource,
+    plan: Plan,
+    steps: Sequence[Step],
+    formats: Sequence[Format],
+    *,
+    workers: int,
+    max_ram: int | None,
+    measure: bool,
+) -> tuple[Placement, float | None]:
+    """The placement of a stream, and its estimated seconds: as many workers as have room for a layer each.
+
+    Raises PlanError that names the smallest limit that would do.
+    """
+    placed = Placement(device="cpu", micro_batch=1, workers=workers)
+    if max_ram is None and not measure:
+        return placed, None
+    work = units(source, plan)
+    found = list(_measured_units(source, work, plan, steps, formats))
+    each, base = max((peak for peak, _ in found), default=0), base_memory()
+    fit = workers if max_ram is None else min(workers, (max_ram - base) // max(1, each))
+    if max_ram is not None and fit < 1:
+        raise PlanError(
+            f"max_ram {max_ram:,} bytes is not enough: this process takes {base:,} and its largest layer {each:,}. "
+            f"Give --max-ram {rounded(base + each)}"
+        )
+    why = (f"{fit} of {workers} workers have room for a layer each",) if fit < workers else ()
+    seconds = sum(seconds for _, seconds in found) / fit
+    return replace(placed, workers=fit, ram=base + fit * each, why=why), seconds
+
+
+def _measured_units(
+    source: TensorSource, work: Sequence[Unit], plan: Plan, steps: Sequence[Step], formats: Sequence[Format]
+) -> Iterator[tuple[int, float]]:
+    """(peak bytes of one, seconds for all) of every kind of unit, from doing its largest."""
+
+    def size(unit: Unit) -> int:
+        return sum(plan.shapes[name][0] * plan.shapes[name][1] for name in unit.layers)
+
+    kinds: dict[object, list[Unit]] = {}
+    for unit in work:
+        kinds.setdefault((unit.fused, frozenset(plan[name] for name in unit.layers)), []).append(unit)
+    for alike in kinds.values():
+        largest = max(alike, key=size)
+        part = plan.only(largest.layers, [frozenset(largest.layers)] if largest.fused else ())
+        started = time.perf_counter()
+        with Tally() as tally:
+            quantize(One(source, largest), part, steps, [Packed(formats)])
+        seconds = time.perf_counter() - started
+        yield tally.peak["cpu"], seconds * sum(map(size, alike)) / size(largest)
+    give_back()
 
 
 def _bytes(module: nn.Module) -> int:
@@ -102,12 +204,15 @@ def _outside(tree: nn.Module, subject: Subject) -> int:
     )
 
 
-def _homes(main: torch.device, *, low_vram: bool) -> tuple[str, ...]:
-    """Where hidden states may be kept, best first."""
+def _homes(main: torch.device, *, low_vram: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Where hidden states may be kept, best first, and why."""
     if main.type == "cpu":
-        return ("memory", "file")
+        nothing = "low_gpu_mem_usage: blocks run on the CPU, so there is no device memory to save"
+        return ("memory", "file"), (nothing,) if low_vram else ()
     host = "pinned" if main.type == "cuda" else "memory"
-    return (host, "file") if low_vram else ("device", host, "file")
+    if low_vram:
+        return (host, "file"), ("low_gpu_mem_usage: hidden states stay off the device",)
+    return ("device", host, "file"), ()
 
 
 def _layers(wish: Wish) -> dict[str, str]:

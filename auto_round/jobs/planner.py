@@ -1,6 +1,6 @@
-"""Memory and time before the work: what one block takes is measured on the real thing, the rest is counted.
+"""Memory and time before the work: what its heaviest parts take is measured on the real thing, the rest is counted.
 
-`rehearse` runs the job's own loop on one block with random tokens and tallies every tensor; `predict` is plain
+`rehearse` runs the job's own loop on one part with random tokens and tallies every tensor; `predict` is plain
 arithmetic on what it found; `choose` picks the fastest placement within the limits, or says what the smallest needs.
 """
 
@@ -16,27 +16,31 @@ from auto_round.core.errors import PlanError
 from auto_round.core.placement import Placement
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
+from auto_round.formats.base import Format
 from auto_round.jobs.quantize import quantize
 from auto_round.models.memory import Tally, give_back, resident_memory
 from auto_round.sources.base import Block, Needs, Source
 from auto_round.sources.blocks import LiveSource
-from auto_round.sources.live_block import LiveBlock
+from auto_round.sources.outside_block import OutsideBlock
 from auto_round.steps.base import Step
 
-SAMPLES = 4  # of a rehearsal: enough for two at a time to be tuned on, and one held out
-MORE_ITERS = 4  # in a second, longer run: the difference is the time of iterations alone
-CHECKS = 20  # times that the held-out loss is measured
+SAMPLES = 4  # of a rehearsal: enough for some to be tuned on, and one held out
+MORE_ITERS = 2  # in a longer run: the difference is the time of iterations alone
+FORWARDS = 3  # times of a forward pass that forward and backward take
+CHECKS = 10  # times that the held-out loss is measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What a job takes, in bytes and seconds.
+    """What one part of a job takes, in bytes: a block, or a layer outside the blocks.
 
-    base: this process before the work. outside: weights outside the blocks that embedding the samples needs. block: the
-    heaviest block as stored. fixed, per_sample: tensors while a block is worked on, and for every sample run at once.
-    states: hidden states of one sample; chains: copies of them that live at a time. device: kind of the main device.
+    name: that part. base: this process before the work. outside: weights outside the blocks that embedding the samples
+    needs. block: the heaviest block as stored. fixed, per_sample: tensors while the part is worked on, and for every
+    sample run at once. states: hidden states of one sample; chains: copies of them that live at a time. calls: what
+    each sample keeps beside them, such as its mask. device: kind of the main device.
     """
 
+    name: str = "the heaviest block"
     base: int
     outside: int
     block: int
@@ -45,30 +49,45 @@ class Costs:
     states: int
     chains: int
     samples: int
+    calls: int = 0
     device: str = "cpu"
-    seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Rehearsal:
-    """Of one block: peak bytes of its tensors without hidden states, and seconds, by samples run at once."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One run through a part. peak: bytes of its tensors, without hidden states that are stored. kept: of its quantized
+    form. calls: what a sample keeps. seconds, observing: of it all, and of the first pass over the samples."""
 
-    bytes_by_batch: Mapping[int, int]
+    peak: int
+    kept: int
+    calls: int
     seconds: float
-    seconds_per_iteration: float
-    seconds_per_sample: float
+    observing: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """Of one part, with samples one at a time. whole, half: on samples of the real length and of `share` of it.
+
+    iteration: seconds of one sample in one iteration.
+    """
+
+    whole: Run
+    half: Run
+    share: float
+    iteration: float
 
 
 class OneBlock(Source):
-    """A source of a single block, made when it is asked for."""
+    """A source of a single part, made when it is asked for."""
 
     can_run = True
 
-    def __init__(self, source: LiveSource, make: Callable[[], LiveBlock]) -> None:
+    def __init__(self, source: LiveSource, make: Callable[[], Block]) -> None:
         self.source, self.make, self.seconds = source, make, 0.0
 
     def blocks(self, needs: Needs, wanted: Iterable[str], finished: Collection[str] = ()) -> Iterator[Block]:
-        """That block."""
+        """That part."""
         started = time.perf_counter()
         block = self.make()
         self.seconds = time.perf_counter() - started
@@ -76,70 +95,81 @@ class OneBlock(Source):
 
     def done(self, block: Block, replaced: Mapping[str, Tensor]) -> None:
         """As the source does it, but a model in memory keeps its weights."""
-        self.source.done(block, {name: block.weights[name].float() for name in replaced})
+        inside = not isinstance(block, OutsideBlock)
+        self.source.done(block, {name: block.weights[name].float() for name in replaced if inside})
 
 
-class Nowhere:
-    """A writer that drops what it is given."""
+class Packed:
+    """A writer that packs what it is given, for `formats`, and drops it."""
+
+    def __init__(self, formats: Sequence[Format]) -> None:
+        self.formats, self.nbytes = formats, 0
 
     def add(self, name: str, q: Quantized) -> None:
-        """Nothing."""
+        """One finished layer."""
+        self.nbytes += sum(tensor.nbytes for tensor in q.tensors().values())
+        for fmt in self.formats:
+            fmt.write(q)
 
 
-def rehearse(
-    source: Callable[[int], LiveSource], steps: Callable[[int, int], list[Step]], plan: Plan, block: str
-) -> Rehearsal:
-    """Run the job on `block`. source: from samples at once; steps: from samples at once and iterations."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What a rehearsal needs. source: from the length of the samples; steps: from iterations; both for one sample at a
+    time. drawn: samples of an iteration. states: bytes of the hidden states of one sample of `seqlen` tokens."""
 
-    def once(batch: int, iters: int) -> tuple[int, float, float]:
-        made = source(batch)
-        its = steps(batch, iters)
+    source: Callable[[int], LiveSource]
+    steps: Callable[[int], list[Step]]
+    plan: Plan
+    formats: Sequence[Format]
+    seqlen: int
+    drawn: int
+    states: int
+
+    def run(self, part: str, length: int, iters: int) -> Run:
+        """Once through `part`, a block or a layer outside the blocks."""
+        made, its, writer = self.source(length), self.steps(iters), Packed(self.formats)
         needs = max((step.needs for step in its), default=Needs.NOTHING)
-        one = OneBlock(made, made.sample(block, needs))
+        one = OneBlock(made, made.sample(part, needs))
         started = time.perf_counter()
         with Tally() as tally:
-            quantize(one, plan, its, [Nowhere()])
-        return tally.peak[made.execution.device.type], time.perf_counter() - started, one.seconds
+            quantize(one, self.plan, its, [writer])
+        kind = made.execution.device.type
+        # A block that is run stores its targets, in main memory here; a layer outside computes its own when asked.
+        stored = kind == "cpu" and needs is not Needs.NOTHING and part not in made.anatomy.layers
+        targets = self.states * SAMPLES * length // self.seqlen if stored else 0
+        return Run(
+            peak=max(0, tally.peak[kind] - targets), kept=writer.nbytes, calls=made.call_bytes // SAMPLES,
+            seconds=time.perf_counter() - started, observing=one.seconds / SAMPLES,
+        )  # fmt: skip
 
+
+def rehearse(stage: Stage, part: str) -> Rehearsal:
+    """Run the job on `part`, one sample at a time, which takes no more than any placement will."""
+    length = max(1, stage.seqlen // 2)
     # Also warms up: the first run pays for imports and for the allocator's first pages, so its time is not used.
-    first, _, _ = once(1, 1)
-    second, short, observed = once(2, 1)
-    _, long, _ = once(2, 1 + MORE_ITERS)
+    half = stage.run(part, length, 1)
+    whole, longer = (stage.run(part, stage.seqlen, iters) for iters in (1, 1 + MORE_ITERS))
     give_back()
-    return Rehearsal(
-        {1: first, 2: second}, short, max(0.0, long - short) / MORE_ITERS / 2, observed / SAMPLES
-    )
+    iteration = max(0.0, longer.seconds - whole.seconds) / MORE_ITERS / stage.drawn
+    return Rehearsal(whole=whole, half=half, share=length / stage.seqlen, iteration=iteration)
 
 
-def estimate(rehearsal: Rehearsal, iters: int, batch: int, samples: int) -> float:
-    """Seconds for the rehearsed block in earnest."""
-    each = rehearsal.seconds_per_sample
-    # The rehearsal itself had one iteration on two samples, and every sample went through twice.
-    rest = rehearsal.seconds - 2 * rehearsal.seconds_per_iteration - 2 * SAMPLES * each
-    tuning = (
-        iters * batch * rehearsal.seconds_per_iteration + min(CHECKS, iters) * max(1, samples // 8) * each
-    )
+def estimate(rehearsal: Rehearsal, *, iters: int, batch: int, at_once: int, samples: int) -> float:
+    """Seconds for the rehearsed part in earnest, with `at_once` of `batch` samples run together."""
+    each, one = rehearsal.whole.observing, rehearsal.iteration
+    # Forward and backward are each sample's own; making the weights is done once for those run together.
+    own = min(one, FORWARDS * each)
+    # The rehearsal itself had one iteration, and every sample went through twice.
+    rest = rehearsal.whole.seconds - SAMPLES * one - 2 * SAMPLES * each
+    step = -(-batch // at_once) * (one - own) + batch * own
+    tuning = iters * step + min(CHECKS, iters) * max(1, samples // 8) * each
     return max(0.0, rest) + (tuning if iters else 0.0) + 2 * samples * each
 
 
-def costs(
-    rehearsal: Rehearsal,
-    *,
-    base: int,
-    outside: int,
-    block: int,
-    states: int,
-    samples: int,
-    chains: int,
-    device: str,
-) -> Costs:
-    """`rehearsal` without its hidden states, as a line in the number of samples run at once."""
-    one, two = rehearsal.bytes_by_batch[1], rehearsal.bytes_by_batch[2]
-    slope = max(0, two - one)  # noise must not make more samples look cheaper
-    return Costs(
-        base=base, outside=outside, block=block, fixed=max(0, one - slope - SAMPLES * states), per_sample=slope,
-        states=states, chains=chains, samples=samples, device=device,
-    )  # fmt: skip
+def per_sample(rehearsal: Rehearsal) -> int:
+    """Bytes that every further sample run at once takes: what grows with the length."""
+    growth = rehearsal.whole.peak - rehearsal.half.peak
+    return max(0, min(rehearsal.whole.peak, int(growth / max(1e-9, 1 - rehearsal.share))))
 
 
 def predict(costs: Costs, activations: str, micro_batch: int) -> tuple[int, int]:
@@ -148,14 +178,15 @@ def predict(costs: Costs, activations: str, micro_batch: int) -> tuple[int, int]
     here = 0 if activations in ("file", "device") else store
     there = store if activations == "device" else 0
     work = costs.fixed + micro_batch * costs.per_sample
+    base = costs.base + costs.calls * costs.samples
     embedding = costs.outside + costs.block + max(1, costs.chains - 1) * here
     if costs.device == "cpu":
-        return costs.base + max(embedding, work + costs.chains * here), 0
-    return costs.base + max(embedding, costs.block + costs.chains * here), work + costs.chains * there
+        return base + max(embedding, work + costs.chains * here), 0
+    return base + max(embedding, costs.block + costs.chains * here), work + costs.chains * there
 
 
 def choose(
-    costs: Costs, wanted: int, homes: Sequence[str], *, max_ram: int | None, max_vram: int | None
+    parts: Sequence[Costs], wanted: int, homes: Sequence[str], *, max_ram: int | None, max_vram: int | None
 ) -> Placement:
     """The first placement within the limits: hidden states in the first of `homes` and most samples at once.
 
@@ -163,26 +194,32 @@ def choose(
     """
     # Divisors only: a batch must be a whole number of turns.
     sizes = [size for size in range(wanted, 0, -1) if wanted % size == 0]
-    tried = [(home, size, *predict(costs, home, size)) for home in homes for size in sizes]
+    tried = []
+    for home in homes:
+        for size in sizes:
+            peaks = [predict(part, home, size) for part in parts]
+            tried.append((home, size, max(ram for ram, _ in peaks), max(vram for _, vram in peaks)))
     for home, size, ram, vram in tried:
         if (max_ram is None or ram <= max_ram) and (max_vram is None or vram <= max_vram):
-            return Placement(device=costs.device, micro_batch=size, activations=home, ram=ram, vram=vram)
+            return Placement(device=parts[0].device, micro_batch=size, activations=home, ram=ram, vram=vram)
     least_ram, least_vram = min(t[2] for t in tried), min(t[3] for t in tried)
     if max_ram is not None and least_ram > max_ram:
+        most = max(parts, key=lambda part: predict(part, homes[-1], 1)[0])
         raise PlanError(
             f"max_ram {max_ram:,} bytes is not enough: one sample at a time with hidden states in {homes[-1]} needs "
-            f"{least_ram:,}, of which {costs.base:,} are this process and {costs.outside + costs.block:,} weights. "
-            f"Give --max-ram {_rounded(least_ram)} or a smaller seqlen"
+            f"{least_ram:,}, of which {most.base:,} are this process and the rest {most.name}. "
+            f"Give --max-ram {rounded(least_ram)} or a smaller seqlen"
         )
     assert max_vram is not None, "one of the limits was missed"
     raise PlanError(
         f"max_vram {max_vram:,} bytes is not enough: one sample at a time needs {least_vram:,}. "
-        f"Give --max-vram {_rounded(least_vram)}, a smaller seqlen, or more devices"
+        f"Give --max-vram {rounded(least_vram)}, a smaller seqlen, or more devices"
     )
 
 
-def _rounded(nbytes: int) -> str:
-    return f"{-(-nbytes // 10**7) / 100:.2f}GB"  # rounded up, so that the number said is enough
+def rounded(nbytes: int) -> str:
+    """`nbytes` as a limit is written, rounded up."""
+    return f"{-(-nbytes // 10**7) / 100:.2f}GB"
 
 
 def spread(weights: Mapping[str, int], devices: Sequence[str]) -> dict[str, str]:

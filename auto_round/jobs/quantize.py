@@ -93,6 +93,7 @@ def quantize(
         result = BlockResult(block.name, layers, report, seconds, dict(block.tokens), sorted(block.starved))
         for observer in observers:
             observer.finished(result)
+        del block, made, replaced  # before the next block is read and tuned, not after it
 
 
 class Fakes(Mapping[str, torch.Tensor]):

@@ -196,6 +196,11 @@ class Calls:
         elif any(varying):
             raise ModelError("the blocks' arguments depend on the sample; every sample's call is needed")
 
+    def storages(self) -> dict[int, int]:
+        """Address -> bytes of what is stored for single samples; blocks may share it."""
+        own = [tensor.untyped_storage() for parts in self._per_sample or () for tensor in parts]
+        return {storage.data_ptr(): storage.nbytes() for storage in own}
+
     def batch(self, rows: Sequence[int], device: torch.device | str) -> Call:
         """The call for the samples `rows` together."""
 

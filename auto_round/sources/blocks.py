@@ -38,6 +38,12 @@ class LiveSource(Source):
         self._needs = Needs.NOTHING
         self._last_block = ""
         self._tokens: dict[str, int] = {}
+        self.call_bytes = 0  # of the arguments that single samples have for themselves, together
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the model is in memory as a whole."""
+        return self._home.keeps
 
     def blocks(self, needs: Needs, wanted: Iterable[str], finished: Collection[str] = ()) -> Iterator[Block]:
         """In model order; inputs of a block list are captured when it is reached."""
@@ -59,26 +65,30 @@ class LiveSource(Source):
                 yield self._block(name, module, chain, calls[index] if calls else None, gather)
         tell_starved(self._tokens)
         for layer in outside:
-            reader = self._reader(layer)
-            inputs = (
-                None if None in (chain, recorder, reader) else self._inputs_of(reader, recorder, chain)  # type: ignore[arg-type]
-            )
-            self._home.fill(layer.name)
-            valid = None if self.data is None or inputs is None else self.data.valid
-            module = self.model.get_submodule(layer.name)
-            shared = layer.name == self.anatomy.embedding
-            yield OutsideBlock(layer, module, self.execution, inputs, valid, shared=shared)
+            yield self._outside(layer, recorder, chain)
 
-    def sample(self, name: str, needs: Needs) -> Callable[[], LiveBlock]:
-        """What makes the block `name` with the embedded samples as its inputs, whichever block it is."""
+    def sample(self, name: str, needs: Needs) -> Callable[[], Block]:
+        """What makes the block or outside layer `name` with the embedded samples as its inputs, wherever it comes."""
         self._needs = needs if self.data is not None else Needs.NOTHING
-        blocks = next(blocks for blocks in self.anatomy.block_lists if name in blocks)
-        module, chain, calls = self.model.get_submodule(name), None, None
-        if self._needs is not Needs.NOTHING:
-            recorder = Recorder(self.model, [self.model.get_submodule(block) for block in blocks])
-            chain, calls = self._capture(recorder, blocks)
+        layer = self.anatomy.layers.get(name)
+        lists = self.anatomy.block_lists
+        blocks = next((blocks for blocks in lists if name in blocks), lists[-1])
+        recorder = Recorder(self.model, [self.model.get_submodule(block) for block in blocks])
+        chain, calls = (None, None) if self._needs is Needs.NOTHING else self._capture(recorder, blocks)
+        if layer is not None:
+            return lambda: self._outside(layer, recorder, chain)
         own = calls[blocks.index(name)] if calls else None
-        return lambda: self._block(name, module, chain, own, True)
+        return lambda: self._block(name, self.model.get_submodule(name), chain, own, True)
+
+    def _outside(self, layer: Layer, recorder: Recorder | None, chain: Chain | None) -> OutsideBlock:
+        reader, inputs = self._reader(layer), None
+        if chain is not None and recorder is not None and reader is not None:
+            inputs = self._inputs_of(reader, recorder, chain)
+        self._home.fill(layer.name)
+        valid = None if self.data is None or inputs is None else self.data.valid
+        module = self.model.get_submodule(layer.name)
+        shared = layer.name == self.anatomy.embedding
+        return OutsideBlock(layer, module, self.execution, inputs, valid, shared=shared)
 
     def _reader(self, layer: Layer) -> Layer | None:
         """The layer that multiplies by this weight: itself, or the head that is tied to the embedding, if any is."""
@@ -151,6 +161,7 @@ class LiveSource(Source):
             )
             for i in range(len(recorder.blocks))
         ]
+        self.call_bytes = sum({key: n for call in calls for key, n in call.storages().items()}.values())
         self._home.drop()
         same = self._needs is not Needs.FORWARD or not self.execution.quantized_inputs
         # Where nothing is tuned on quantized inputs both chains are the same, and memory holds one.

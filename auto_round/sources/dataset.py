@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from auto_round.core.errors import DataError
 from auto_round.sources.dataset_items import columns_or_rows, items_of
 from auto_round.sources.dataset_rows import Row, rows_of
 from auto_round.sources.dataset_spec import Part, parse_spec
-from auto_round.sources.self_text import sample_tokens
+from auto_round.sources.self_text import Author, sample_tokens
 
 logger = logging.getLogger("auto_round")
 
@@ -52,16 +52,16 @@ class Request:
 
 
 def load_calibration(
-    dataset: Any, tokenizer: Any, request: Request, model: Callable[[], nn.Module] | None = None
+    dataset: Any, tokenizer: Any, request: Request, author: Callable[[], Author] | None = None
 ) -> Calibration:
     """The calibration samples for `dataset`. What was used and dropped is logged.
 
-    model: gives the live model, for the data set `self`. Everything is fetched before this returns.
+    author: gives the live model, for the data set `self`. Everything is fetched before this returns.
     Raises DataError when the data cannot be found or gives no sample of the wanted length.
     """
     if isinstance(dataset, (str, Path)):
         parts = parse_spec(str(dataset))
-        gathered = [(part, _named(part, tokenizer, request, model)) for part in parts]
+        gathered = [(part, _named(part, tokenizer, request, author)) for part in parts]
         samples = _interleave(gathered, request)
         names = ", ".join(part.name for part in parts)
     else:
@@ -113,13 +113,16 @@ class _Samples:
         return f"; dropped {' and '.join(reasons)} of {self.seen} read" if reasons else ""
 
 
-def _named(part: Part, tokenizer: Any, request: Request, model: Callable[[], nn.Module] | None) -> _Samples:
+def _named(part: Part, tokenizer: Any, request: Request, author: Callable[[], Author] | None) -> _Samples:
     """The samples of one named data set, which is read no further than needed."""
     wanted = part.num or request.nsamples
     if part.name == SELF and not Path(SELF).exists():
-        if model is None:
+        if author is None:
             raise DataError("dataset 'self' needs a model to write the text; there is none here")
-        drawn = sample_tokens(model(), tokenizer, count=wanted, length=request.seqlen, seed=request.seed)
+        model, together = author()
+        drawn = sample_tokens(
+            model, tokenizer, count=wanted, length=request.seqlen, seed=request.seed, together=together
+        )
         return _Samples.of(((row, None) for row in drawn), request, limit=wanted)
     items = items_of(part, platform=request.platform, seed=request.seed)
     return _Samples.of(rows_of(items, tokenizer, part, request.seqlen), request, limit=wanted)

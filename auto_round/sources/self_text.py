@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,29 @@ TOGETHER = 32  # samples drawn at once
 MEASURED = 8  # tokens after which the time is known
 
 
+class Author(NamedTuple):
+    """A live model that writes calibration text, and how many samples it has room for at once."""
+
+    model: nn.Module
+    together: int = TOGETHER
+
+
+def bytes_of_one(config: Any, length: int) -> int:
+    """What one sample of `length` tokens takes while a model of `config`, of transformers, draws it: keys and values
+    of all layers, one of them twice as it grows, and the scores of all words in three dtypes."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = (getattr(config, "dtype", None) or torch.float32).itemsize
+    return 2 * (config.num_hidden_layers + 1) * heads * width * length * size + 12 * config.vocab_size
+
+
 @torch.inference_mode()
-def sample_tokens(model: nn.Module, tokenizer: Any, *, count: int, length: int, seed: int) -> list[Tensor]:
+def sample_tokens(
+    model: nn.Module, tokenizer: Any, *, count: int, length: int, seed: int, together: int = TOGETHER
+) -> list[Tensor]:
     """`count` samples of `length` tokens, (T,) int64 each; the same for the same seed, model and torch version.
 
+    together: samples drawn at once, which changes what is drawn.
     Tokens that end a text are never drawn. Raises DataError when the model does not say how a text begins.
     """
     start = _start(model, tokenizer)
@@ -32,8 +51,8 @@ def sample_tokens(model: nn.Module, tokenizer: Any, *, count: int, length: int, 
     began = time.perf_counter()
     samples: list[Tensor] = []
     while len(samples) < count:
-        size = min(TOGETHER, count - len(samples))
-        told = _Told(began, count, length) if not samples else None
+        size = min(together, count - len(samples))
+        told = _Told(began, -(-count // together), count, length) if not samples else None
         samples += list(_drawn(model, torch.full((size, 1), start), length, barred, generator, told))
     seconds = time.perf_counter() - began
     logger.info("the model wrote %d samples of %d tokens in %.0f s", count, length, seconds)
@@ -43,13 +62,12 @@ def sample_tokens(model: nn.Module, tokenizer: Any, *, count: int, length: int, 
 class _Told:
     """Says once how long the whole will take."""
 
-    def __init__(self, began: float, count: int, length: int) -> None:
-        self._began, self._count, self._length = began, count, length
+    def __init__(self, began: float, rounds: int, count: int, length: int) -> None:
+        self._began, self._rounds, self._count, self._length = began, rounds, count, length
 
     def __call__(self, tokens: int) -> None:
         if tokens == min(MEASURED, self._length - 1):
-            rounds = -(-self._count // TOGETHER)
-            seconds = (time.perf_counter() - self._began) / tokens * self._length * rounds
+            seconds = (time.perf_counter() - self._began) / tokens * self._length * self._rounds
             logger.info(
                 "the model writes its own calibration text, %d x %d tokens: some %.0f s",
                 self._count, self._length, seconds,

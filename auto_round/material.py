@@ -167,7 +167,7 @@ class Material:
         """
         tree = self.subject().tree
         assert tree is not None, "jobs with data have a module tree"
-        one = bytes_of_one(tree.config.get_text_config(), self.seqlen())  # type: ignore[operator, union-attr]
+        one = bytes_of_one(tree, self.seqlen())
         give_back()
         base, weights = resident_memory(), 0 if self.model is not None else self.weight_bytes()
         limit = self.options.max_ram

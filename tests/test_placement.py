@@ -384,7 +384,7 @@ def test_the_model_writes_its_own_text_within_the_limit_or_the_error_names_one(t
     with pytest.raises(DataError, match=r"dataset 'self'.*as a whole meanwhile.*--max-ram 0.01GB"):
         author("100KB")
     weights = sum(p.stat().st_size for p in (tmp_path / "model").glob("*.safetensors"))
-    one = bytes_of_one(tiny("llama").config, 16)
+    one = bytes_of_one(tiny("llama"), 16)
     _, some = author(weights + 5 * one)
     assert some.together == 5
     kept, plenty = author("64GB")
@@ -401,4 +401,4 @@ def test_what_one_sample_takes_while_it_is_drawn_is_counted():
         return tally.peak["cpu"]
 
     each = (peak(12) - peak(4)) / 8
-    assert bytes_of_one(model.config, 100) == pytest.approx(each, rel=0.2)
+    assert bytes_of_one(model, 100) == pytest.approx(each, rel=0.2)

@@ -27,12 +27,13 @@ class Author(NamedTuple):
     together: int = TOGETHER
 
 
-def bytes_of_one(config: Any, length: int) -> int:
-    """What one sample of `length` tokens takes while a model of `config`, of transformers, draws it: keys and values
-    of all layers, one of them twice as it grows, and the scores of all words in three dtypes."""
+def bytes_of_one(model: nn.Module, length: int) -> int:
+    """What one sample of `length` tokens takes while `model`, which may lack its weights, draws it: keys and values of
+    all layers, one of them twice as it grows, and the scores of all words in three dtypes."""
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = (getattr(config, "dtype", None) or torch.float32).itemsize
+    size = next(model.parameters()).dtype.itemsize
     return 2 * (config.num_hidden_layers + 1) * heads * width * length * size + 12 * config.vocab_size
 
 

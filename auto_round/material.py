@@ -171,7 +171,7 @@ class Material:
         give_back()
         base, weights = resident_memory(), 0 if self.model is not None else self.weight_bytes()
         limit = self.options.max_ram
-        most = base + available_memory() if limit is None else parse_size(limit)
+        most = base + available_memory() if limit is None else parse_size(limit, "max_ram")
         together = min(TOGETHER, (most - base - weights) // one)
         if together < 1:
             raise DataError(

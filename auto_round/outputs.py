@@ -58,7 +58,7 @@ def writer_for(
     subject, options = material.subject(), material.options
     provenance = provenance_of(subject, plan, options)
     if fmt.whole_model:
-        split = parse_size(options.split_size) if options.split_size else 0
+        split = parse_size(options.split_size, "split_size") if options.split_size else 0
         return GgufWriter(folder, fmt, subject, plan, provenance, max_shard_bytes=split)
     made, limit = fmt.resolve(plan), parse_size(options.max_shard_size)
     # Only a stream fills files out of order; a tuned job has the journal for its blocks.

@@ -25,14 +25,14 @@ from auto_round.sources.tensors import TensorSource
 from auto_round.steps.base import Step
 
 
-def limit(size: str | int | None) -> int | None:
-    """A limit in bytes; None when there is none."""
-    return None if size is None else parse_size(size)
+def limit(size: str | int | None, name: str) -> int | None:
+    """The limit called `name` in bytes; None when there is none."""
+    return None if size is None else parse_size(size, name)
 
 
 def check_whole(material: Material, why: str) -> None:
     """Raise PlanError when loading the model as a whole, because of `why`, would break the limit by itself."""
-    max_ram = limit(material.options.max_ram)
+    max_ram = limit(material.options.max_ram, "max_ram")
     if max_ram is None or material.model is not None:
         return
     least = base_memory() + material.weight_bytes()
@@ -70,7 +70,7 @@ class Sizing:
         devices = parse_devices(
             options.device_map
         )  # raises for one that is not there, also when none is needed
-        max_ram, max_vram = limit(options.max_ram), limit(options.max_vram)
+        max_ram, max_vram = limit(options.max_ram, "max_ram"), limit(options.max_vram, "max_vram")
         if max_ram is not None:
             exact_allocations()
         steps = self.steps(options.numbers().batch_size, None)

@@ -56,7 +56,7 @@ class Quantized:
         return {"codes": self.codes, **self.params, **input_tensors(self)}
 
     def equals(self, other: "Quantized") -> bool:
-        """Bit for bit the same codes and parameters, in the same dtypes and shapes, padding left out."""
+        """Bit for bit the same codes, padding included, parameters and input ranges, in the same dtypes and shapes."""
         mine, theirs = self.tensors(), other.tensors()
         if self.spec != other.spec or self.shape != other.shape or mine.keys() != theirs.keys():
             return False

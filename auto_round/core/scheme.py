@@ -217,7 +217,7 @@ def _group(key: str, value: Any) -> Group:
 def _whole(key: str, value: object) -> int:
     """`value` as a number, or a SchemeError that names `key`."""
     # True is an int to Python; digits alone let "4" from a command line pass and 4.5 fail.
-    if isinstance(value, bool) or not str(value).removeprefix("-").isdigit():
+    if isinstance(value, bool) or not str(value).removeprefix("-").isdecimal():
         raise SchemeError(f"{key} must be a whole number, got {value!r}")
     return int(str(value))
 

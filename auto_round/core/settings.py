@@ -4,6 +4,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from auto_round.core.errors import PlanError
+
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -18,7 +22,7 @@ class Settings:
 
 
 def settings() -> Settings:
-    """Read the environment.
+    """Read the environment. Raises PlanError for a value that means nothing, naming the variable.
 
     AR_LOG_LEVEL (INFO): level of the `auto_round` logger used by the command line.
     AR_USE_MODELSCOPE (0): fetch models from ModelScope instead of the Hugging Face hub.
@@ -29,11 +33,30 @@ def settings() -> Settings:
     AR_KERNEL_CACHE (~/.cache/auto_round): where compiled CPU kernels are kept.
     """
     return Settings(
-        log_level=os.environ.get("AR_LOG_LEVEL", "INFO").upper(),
+        log_level=_level("AR_LOG_LEVEL", "INFO"),
         # Only words that mean yes: AR_USE_MODELSCOPE=0 must not be true for being set.
         use_modelscope=os.environ.get("AR_USE_MODELSCOPE", "0").casefold() in ("1", "true", "yes"),
-        cache_weights_share=float(os.environ.get("AR_CACHE_WEIGHTS_SHARE", "0.25")),
+        cache_weights_share=_share("AR_CACHE_WEIGHTS_SHARE", "0.25"),
         cxx=os.environ.get("CXX", ""),
         kernel_cache=Path(os.environ.get("AR_KERNEL_CACHE", "~/.cache/auto_round")).expanduser(),
         triton_interpret=os.environ.get("TRITON_INTERPRET", "0") == "1",
     )
+
+
+def _level(name: str, default: str) -> str:
+    level = os.environ.get(name, default).strip().upper()
+    if level not in LEVELS:
+        raise PlanError(f"environment variable {name}={level!r}: use one of {', '.join(LEVELS)}")
+    return level
+
+
+def _share(name: str, default: str) -> float:
+    text = os.environ.get(name, default)
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    # Also not NaN, which compares false with everything and would switch the cache off without a word.
+    if not 0 <= share <= 1:
+        raise PlanError(f"environment variable {name}={text!r}: use a number from 0 to 1")
+    return share

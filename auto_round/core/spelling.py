@@ -27,7 +27,7 @@ IRREGULAR = {
     "nv_fp4_e5m3": Word("nv_fp", 4, "", "e5m3"),
     STATIC_GLOBAL: Word("nv_fp", 4, "static_gs", "e4m3"),
 }
-USUAL_ELEMENTS = ("e2m1", "e2m3", "e4m3")  # what 4, 6 and 8 bits mean when no element is named
+USUAL_ELEMENTS = {"e2m1": 4, "e2m3": 6, "e4m3": 8}  # those that so many bits mean when no element is named
 REGULAR = re.compile(r"(mx_?fp|mx_?int|nv_?fp|fp|int)_?(\d?)_?(e\dm\d)?_?(rceil)?")
 
 
@@ -42,8 +42,10 @@ def spelled(text: str) -> Word:
     family, bits, element, rounding = found.groups()
     # "mxfp4" and "mx_fp4" are the same word.
     dtype = family if "_" in family else family.replace("mx", "mx_").replace("nv", "nv_")
-    tokens = ["" if element in USUAL_ELEMENTS else element, rounding]
-    return Word(dtype, int(bits or 0), "_".join(token for token in tokens if token), FAMILIES[dtype])
+    width = int(bits or USUAL_ELEMENTS.get(element, 0))
+    # Named beside other bits (mx_fp6_e4m3) it stays, so that the codec can refuse it.
+    tokens = ["" if USUAL_ELEMENTS.get(element) == width else element, rounding]
+    return Word(dtype, width, "_".join(token for token in tokens if token), FAMILIES[dtype])
 
 
 def spell(dtype: str, bits: int, variant: str, scale_dtype: str) -> str:

@@ -21,7 +21,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from auto_round.core.errors import ModelError
+from auto_round.core.errors import ModelError, PlanError
 from auto_round.models.checkpoint import (
     DTYPE_NAMES,
     INDEX,
@@ -44,11 +44,11 @@ class Shard:
     size: int
 
 
-def parse_size(text: str | int) -> int:
-    """``"5GB"`` (decimal), ``"500MB"`` or a number of bytes. Raises ModelError for anything else."""
+def parse_size(text: str | int, name: str = "max_shard_size") -> int:
+    """``"5GB"`` (decimal), ``"500MB"`` or a number of bytes. Raises PlanError, naming the option, for anything else."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.IGNORECASE)
     if not found or float(found[1]) <= 0:
-        raise ModelError(f"shard size {text!r} is not understood; write 5GB or 500MB")
+        raise PlanError(f"{name} {text!r} is not understood; write 5GB or 500MB")
     return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
 
 

@@ -24,7 +24,7 @@ from auto_round.jobs.manifest import manifest
 from auto_round.jobs.outline import Outline
 from auto_round.jobs.quantize import Observer, Pass, quantize
 from auto_round.jobs.report import Report
-from auto_round.jobs.stream import Locked, stream
+from auto_round.jobs.stream import Locked, StreamPass, stream
 from auto_round.material import Material
 from auto_round.models.device import execution_dtype
 from auto_round.models.memory import peak_memory, peak_of, reset_peak
@@ -243,14 +243,14 @@ class AutoRound:
     def _stream(self, source: TensorSource, passes: Sequence[Pass]) -> None:
         for observer in self.observers:
             observer.started(passes[0].plan, self._block_count(passes))
-        observers = self.observers
+        streamed = []
         for each in passes:
             writers = [w if isinstance(w, CheckpointWriter) else Locked(w) for w in each.writers]
-            assert self.placement is not None and self.placement.workers, "streams are placed too"
-            stream(source, each.plan, each.steps, writers, observers, workers=self.placement.workers)
-            observers = []  # one account of the blocks is enough
-            for step in each.steps:
-                step.finish()
+            streamed.append(StreamPass(each.plan, each.steps, writers))
+        assert self.placement is not None and self.placement.workers, "streams are placed too"
+        stream(source, streamed, self.observers, workers=self.placement.workers)
+        for step in (step for each in passes for step in each.steps):
+            step.finish()
 
     def _run(self, source: Source, first: Pass, *others: Pass, journal: Journal | None = None) -> None:
         writers, observers = first.writers, self.observers

@@ -232,6 +232,11 @@ class Material:
             self._calibration = self.data(required=requires > Needs.NOTHING)
         return self._calibration
 
+    @property
+    def calibration(self) -> Calibration | None:
+        """The calibration data that this job has looked at so far."""
+        return self._calibration
+
     def data(self, *, required: bool) -> Calibration | None:
         """The calibration data. A recipe that can do without falls back to weights alone when there is none."""
         nsamples = self.options.numbers().nsamples

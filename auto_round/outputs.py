@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from auto_round.jobs.export import CheckpointWriter
 from auto_round.jobs.gguf_export import GgufWriter
 from auto_round.jobs.ledger import Ledger
 from auto_round.material import Material
+from auto_round.models.imatrix import origin_of, read_imatrix
 from auto_round.models.shards import parse_size
 from auto_round.models.subject import Subject
 from auto_round.options import Options
+from auto_round.sources.dataset_names import DEFAULT_DATASET
 from auto_round.version import __version__
 
 
@@ -57,6 +60,7 @@ def writer_for(
     """What writes `plan` in format `fmt` into `folder`; nothing is opened yet."""
     subject, options = material.subject(), material.options
     provenance = provenance_of(subject, plan, options)
+    provenance = replace(provenance, importance=_importance(material, plan))
     if fmt.whole_model:
         split = parse_size(options.split_size, "split_size") if options.split_size else 0
         return GgufWriter(folder, fmt, subject, plan, provenance, max_shard_bytes=split)
@@ -93,6 +97,20 @@ def provenance_of(subject: Subject, plan: Plan, options: Options) -> Provenance:
         float_layers=(*(name for name in body.layers if name not in plan), *body.routers),
         cache=options.static_kv_dtype or "",
     )
+
+
+def _importance(material: Material, plan: Plan) -> dict[str, object]:
+    """Where the importance of inputs came from; empty when weights alone counted."""
+    options, data = material.options, material.calibration
+    entries = len(plan.quantized())
+    if options.imatrix is not None:
+        path = Path(options.imatrix)
+        return {"file": path.name, "entries_count": len(read_imatrix(path)), **origin_of(path)}
+    if data is None:
+        return {}
+    dataset = DEFAULT_DATASET if options.dataset is None else options.dataset
+    named = dataset if isinstance(dataset, str) else type(dataset).__name__
+    return {"dataset": named, "entries_count": entries, "chunks_count": len(data.tokens)}
 
 
 def _cache_scales(material: Material, fmt: Format) -> dict[str, torch.Tensor]:

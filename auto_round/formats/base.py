@@ -29,7 +29,8 @@ class Provenance:
     blocks: name prefixes of the quantized block lists ("model.layers"). tuning: settings that differ from defaults.
     float_layers: matrices outside the plan that stay in floating point ("lm_head").
     float_tensors: every matrix that was written in floating point, routers and embeddings too. cache: dtype of stored
-    keys and values, empty when nothing is said about them.
+    keys and values, empty when nothing is said about them. importance: where the importance of inputs came from, in the
+    words of llama.cpp: "file", "dataset", "entries_count", "chunks_count".
     """
 
     version: str
@@ -38,6 +39,7 @@ class Provenance:
     float_layers: tuple[str, ...] = ()
     float_tensors: tuple[str, ...] = ()
     cache: str = ""
+    importance: Mapping[str, object] = field(default_factory=dict)
 
 
 class Format(ABC):

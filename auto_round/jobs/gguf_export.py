@@ -22,12 +22,11 @@ from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.formats.base import Format, Provenance
 from auto_round.jobs import folders
+from auto_round.jobs.gguf_header import add, header_values, making_of, model_name, size_label, write_origin
 from auto_round.models.gguf_metadata import (
     block_count,
     computed_tensors,
-    embedding_length,
     language_config,
-    metadata,
 )
 from auto_round.models.gguf_names import (
     Names,
@@ -36,7 +35,6 @@ from auto_round.models.gguf_names import (
     is_other_tower,
     row_order,
 )
-from auto_round.models.gguf_tokenizer import vocabulary_metadata
 from auto_round.models.shards import raw_bytes
 from auto_round.models.subject import Subject
 
@@ -215,7 +213,8 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
         split = self._max_shard_bytes if 0 < self._max_shard_bytes < self.nbytes else 0  # 0: one file
         path = self._staging / self.file_name()
         writer = gguf.GGUFWriter(path, self._architecture.name, split_max_size=split)
-        for key, value in self.values().items():
+        write_origin(writer, self.subject.files, self._shapes(), self.provenance.version)
+        for key, value in self._values().items():
             add(writer, key, value)
         for target in self._targets.values():
             self._add_info(writer, target)
@@ -244,41 +243,16 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
     def file_name(self) -> str:
         """Name, number of parameters, type."""
         kind = self.format.name.rpartition(":")[2].upper()
-        return f"{self._model_name()}-{self._size_label()}-{kind}.gguf"
+        return f"{model_name(self.subject.files)}-{size_label(self._shapes())}-{kind}.gguf"
 
-    def _model_name(self) -> str:
-        source = self.subject.files.folder
-        named = str(self.subject.files.config.get("_name_or_path") or "")
-        return source.resolve().name if source is not None else Path(named).name or "model"
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: target.shape for name, target in self._targets.items()}
 
-    def _size_label(self) -> str:
-        from gguf.utility import size_label
-
-        total = sum(torch.Size(target.shape).numel() for target in self._targets.values())
-        stacks = [target for target in self._targets.values() if "_exps." in target.name]
-        inside = sum(torch.Size(target.shape).numel() for target in stacks)
-        count = stacks[0].shape[0] if stacks else 0
-        return str(size_label(total, total - inside, inside // count if count else 0, count))
-
-    def values(self) -> dict[str, Any]:
-        """Everything the file says beside its tensors."""
-        config, rows = self._config, self._targets["token_embd.weight"].shape[0]
-        if self._targets["token_embd.weight"].shape[1] != embedding_length(config):
-            raise ModelError(
-                f"the embedding has {self._targets['token_embd.weight'].shape[1]} columns, "
-                f"config.json says {embedding_length(config)}"
-            )
-        return {
-            "general.type": "model",
-            "general.name": self._model_name(),
-            "general.size_label": self._size_label(),
-            "general.quantized_by": f"auto-round {self.provenance.version}",
-            "general.quantization_version": 2,
-            "general.file_type": self.format.file_type,  # type: ignore[attr-defined]
-            **{f"auto_round.{key}": value for key, value in self.provenance.tuning.items()},
-            **metadata(self._architecture, config, rows),
-            **vocabulary_metadata(self._tokenizer_folder(), config, rows),
-        }
+    def _values(self) -> dict[str, Any]:
+        """Everything the header says about the model and how the file was made."""
+        made = making_of(self.provenance, self.format.file_type)  # type: ignore[attr-defined]
+        shapes = self._shapes()
+        return {**made, **header_values(self._architecture, self._config, shapes, self._tokenizer_folder())}
 
     def _tokenizer_folder(self) -> Path:
         files = self.subject.files
@@ -376,18 +350,3 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
             file.close()
         shutil.rmtree(self._staging, ignore_errors=True)
         folders.remove_empty(self._made)
-
-
-def add(writer: Any, key: str, value: Any) -> None:
-    """Put one value into the header, in the GGUF type that suits it."""
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    elif value:
-        assert isinstance(value, list), f"{key}: {type(value)}"
-        writer.add_array(key, value)

@@ -14,7 +14,7 @@ from auto_round.codecs.base import codec_of
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import TensorSpec
-from auto_round.jobs.quantize import BlockResult, Observer, Writer, quantize
+from auto_round.jobs.quantize import BlockResult, Observer, Pass, Writer, quantize
 from auto_round.jobs.workers import in_threads
 from auto_round.sources.base import Block, Needs, Source
 from auto_round.sources.tensors import TensorSource
@@ -81,22 +81,47 @@ def _must_agree(spec: TensorSpec) -> bool:
     return any(codec_of(spec).tie([torch.ones(1, 1)], spec))
 
 
+@dataclass(frozen=True, slots=True)
+class StreamPass:
+    """A `Pass` whose writers may be called by several workers."""
+
+    plan: Plan
+    steps: Sequence[Step]
+    writers: Sequence[StreamWriter]
+
+    def part(self, unit: Unit) -> Pass:
+        """What is to be made of `unit` here; a small plan, since the loop looks through all of it for each block."""
+        layers = [name for name in unit.layers if name in self.plan]
+        plan = self.plan.only(layers, [frozenset(layers)] if unit.fused else ())
+        return Pass(plan, self.steps, self.writers)
+
+
+def work_of(source: TensorSource, passes: Sequence[StreamPass]) -> list[Unit]:
+    """The units of all passes: what one has made of a weight that was read, the others make too."""
+    writers = [writer for each in passes for writer in each.writers]
+    # A layer counts once every format has it; one that a single format lacks is made again for all.
+    done = set.intersection(*({*writer.finished} for writer in writers)) if writers else set()
+    found: list[Unit] = []
+    for each in passes:
+        found += units(source, each.plan, done)
+        done |= {layer for unit in found for layer in unit.layers}
+    return found
+
+
 def stream(
     source: TensorSource,
-    plan: Plan,
-    steps: Sequence[Step],
-    writers: Sequence[StreamWriter],
+    passes: Sequence[StreamPass],
     observers: Sequence[Observer] = (),
     *,
     workers: int,
 ) -> None:
-    """Quantize every layer of `plan` and copy every other tensor, `workers` at a time."""
-    for step in steps:
-        step.prepare(source, plan)
-    # A layer counts once every format has it; one that a single format lacks is made again for all.
-    finished = set.intersection(*({*writer.finished} for writer in writers)) if writers else set()
-    work: list[Unit | Callable[[], None]] = list(units(source, plan, finished))
+    """Quantize every layer of the plans and copy every other tensor, `workers` at a time."""
+    for each in passes:
+        for step in each.steps:
+            step.prepare(source, each.plan)
+    work: list[Unit | Callable[[], None]] = list(work_of(source, passes))
     progress = _Progress([unit for unit in work if isinstance(unit, Unit)], observers)
+    writers = [writer for each in passes for writer in each.writers]
     work += [_copying(writer, name) for writer in writers for name in writer.to_copy()]
 
     def do(piece: Unit | Callable[[], None]) -> BlockResult | None:
@@ -104,9 +129,8 @@ def stream(
             piece()
             return None
         seen = _Seen()
-        # A small plan, since the loop looks through all of a plan for each block it gets.
-        part = plan.only(piece.layers, [frozenset(piece.layers)] if piece.fused else ())
-        quantize(One(source, piece), part, steps, writers, [seen])
+        first, *others = (each.part(piece) for each in passes)
+        quantize(One(source, piece), first.plan, first.steps, first.writers, [seen], others)
         return seen.result
 
     def announce(piece: Unit | Callable[[], None]) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,9 @@ def unpack(path: Path, into: Path) -> Path:
     """
     parts = parts_of(path)
     file = GgufFile(parts)
-    folder = into / path.name.removesuffix(".gguf")
+    # Known by the model's name, not the file's, which has size and type in it too.
+    named = re.sub(r"[^\w.-]+", "-", str(file.values.get("general.name") or "")).strip(".-")
+    folder = into / (named or path.name.removesuffix(".gguf"))
     folder.mkdir()
     try:
         config = config_of(_header(file))
@@ -52,6 +55,7 @@ def unpack(path: Path, into: Path) -> Path:
         if any(value is not None for value in generation.values()):
             (folder / "generation_config.json").write_text(json.dumps(generation, indent=1))
         write_tokenizer(file.values, folder)
+        _write_card(file.values, folder)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
@@ -61,6 +65,23 @@ def unpack(path: Path, into: Path) -> Path:
     for part in parts:
         os.symlink(part.resolve(), folder / part.name)  # links: a copy would double gigabytes
     return folder
+
+
+def _write_card(values: Mapping[str, Any], folder: Path) -> None:
+    """A model card with what the header says of licence and origin, for the files that are made of this one."""
+    said = {
+        "license": values.get("general.license"),
+        "license_name": values.get("general.license.name"),
+        "license_link": values.get("general.license.link"),
+        "base_model": str(values.get("general.base_model.0.repo_url") or "").removeprefix(
+            "https://huggingface.co/"
+        ),
+        "tags": values.get("general.tags"),
+        "language": values.get("general.languages"),
+    }
+    lines = [f"{key}: {json.dumps(value)}" for key, value in said.items() if value]  # JSON is YAML
+    if lines:
+        (folder / "README.md").write_text("\n".join(["---", *lines, "---", ""]))
 
 
 def _header(file: GgufFile) -> Header:

@@ -70,7 +70,7 @@ def vocabulary_metadata(folder: Path, config: Mapping[str, Any], rows: int) -> d
             f"{folder}: no tokenizer.json, and a gguf file needs its tokenizer. "
             "Save the tokenizer into the model's folder, as save_pretrained of a fast tokenizer does"
         )
-    described = json.loads(path.read_text(encoding="utf-8"))
+    described = _checked(path)
     model = described["model"]
     kind = model.get("type") or ("BPE" if "merges" in model else "none")
     if kind == "BPE":
@@ -91,6 +91,23 @@ def vocabulary_metadata(folder: Path, config: Mapping[str, Any], rows: int) -> d
     found = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
     template = _chat_template(folder)
     return found if template is None else {**found, "tokenizer.chat_template": template}
+
+
+def _checked(path: Path) -> dict[str, Any]:
+    """The contents of tokenizer.json. Raises ModelError when they are not those of a tokenizer."""
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        model = described["model"]
+        vocabulary = model.get("vocab") or {}
+        own = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        numbers = [*own, *(token["id"] for token in described.get("added_tokens") or [])]
+        if not numbers or not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise ValueError(f"its vocabulary has {len(numbers)} entries, of which some are no token numbers")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"{path} holds no tokenizer ({type(error).__name__}: {error}); download it again, or save it anew"
+        ) from error
+    return dict(described)
 
 
 def _tokens(described: Mapping[str, Any], path: Path, rows: int) -> tuple[list[str], list[int]]:

@@ -1,6 +1,6 @@
 """Importance files of llama.cpp: the mean square of each input channel of each matrix, measured by its `imatrix` tool.
 
-Both forms are read: GGUF (`general.type` "imatrix"; sums and counts per matrix), also written, and the older one.
+Both forms are read and written: GGUF (`general.type` "imatrix"; sums and counts per matrix), and the older one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,34 @@ from auto_round.models.gguf_names import Config, Names, architecture_of
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 MOST_NAME, MOST_VALUES = 1 << 10, 1 << 28  # beyond these, a file is no importance file
+
+
+def origin_of(path: Path) -> dict[str, object]:
+    """Where an importance file comes from, as far as it says: "dataset" and "chunks_count"."""
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic == b"GGUF":
+        import gguf
+
+        fields = {key: entry.contents() for key, entry in gguf.GGUFReader(path).fields.items()}
+        datasets, chunks = fields.get("imatrix.datasets") or [], fields.get("imatrix.chunk_count")
+        found = {"dataset": ",".join(map(str, datasets)), "chunks_count": chunks}
+    else:
+        found = dict(zip(("chunks_count", "dataset"), _end_of_binary(path)))
+    return {key: value for key, value in found.items() if value}
+
+
+def _end_of_binary(path: Path) -> tuple[object, ...]:
+    """(chunks, data set) from behind the entries; older tools wrote nothing there."""
+    with path.open("rb") as file:
+        for _ in range(_number(file, MOST_VALUES)):
+            file.seek(_number(file, MOST_NAME), 1)
+            _number(file, MOST_VALUES)
+            file.seek(4 * _number(file, MOST_VALUES), 1)
+        try:
+            return _number(file, MOST_VALUES), file.read(_number(file, MOST_NAME)).decode()
+        except struct.error:
+            return ()
 
 
 def read_imatrix(path: Path) -> dict[str, Tensor]:
@@ -75,13 +103,20 @@ def _number(file: BinaryIO, most: int) -> int:
 def write_imatrix(
     path: Path, means: Mapping[str, Tensor], *, tokens: int, seqlen: int, datasets: Sequence[str]
 ) -> None:
-    """A GGUF importance file of mean squares by llama.cpp's names, measured on so many tokens."""
+    """An importance file of mean squares by llama.cpp's names, measured on so many tokens.
+
+    In GGUF for a `path` of that ending, in the older form for any other; that one has one count for all experts.
+    """
+    chunks = max(1, tokens // seqlen)
+    if path.suffix != ".gguf":
+        _write_binary(path, means, chunks, ",".join(datasets))
+        return
     import gguf
 
     writer = gguf.GGUFWriter(path, arch="")
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", list(datasets))
-    writer.add_uint32("imatrix.chunk_count", max(1, tokens // seqlen))
+    writer.add_uint32("imatrix.chunk_count", chunks)
     writer.add_uint32("imatrix.chunk_size", seqlen)
     for name, values in means.items():
         rows = values.reshape(-1, values.shape[-1]).float()
@@ -94,6 +129,18 @@ def write_imatrix(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _write_binary(path: Path, means: Mapping[str, Tensor], chunks: int, datasets: str) -> None:
+    """Per entry its name, the number of chunks, the number of values, and sums over chunks of means per chunk."""
+    with path.open("wb") as file:
+        file.write(struct.pack("<i", len(means)))
+        for name, values in means.items():
+            flat, text = values.reshape(-1).float() * chunks, name.encode()
+            file.write(struct.pack("<i", len(text)) + text + struct.pack("<ii", chunks, flat.numel()))
+            file.write(flat.numpy().astype("<f4").tobytes())
+        text = datasets.encode()
+        file.write(struct.pack("<ii", chunks, len(text)) + text)
 
 
 def importance_of(path: Path, shapes: Mapping[str, tuple[int, int]], config: Config) -> dict[str, Tensor]:

@@ -6,11 +6,12 @@ import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from auto_round.assembly import steps_for
 from auto_round.core.errors import AutoRoundError, FormatError, PlanError
@@ -18,8 +19,9 @@ from auto_round.core.placement import Placement
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.formats.base import Format, formats, parse_formats, sharing_a_plan
+from auto_round.jobs.budget import Chosen, parse_duration, within
 from auto_round.jobs.export import CheckpointWriter
-from auto_round.jobs.journal import Journal, Resumed
+from auto_round.jobs.journal import Journal, Resumed, earlier_steps
 from auto_round.jobs.manifest import manifest
 from auto_round.jobs.outline import Outline
 from auto_round.jobs.quantize import Observer, Pass, quantize
@@ -32,6 +34,7 @@ from auto_round.models.subject import Subject
 from auto_round.options import Options
 from auto_round.outputs import open_writers, writer_for
 from auto_round.planning import base_scheme, formats_for, plan_for, settled
+from auto_round.recipes import RECIPES
 from auto_round.sizing import Sizing, check_whole
 from auto_round.sources.base import Needs, Source
 from auto_round.sources.blocks import LiveSource
@@ -48,10 +51,15 @@ class Kept:
 
     def __init__(self) -> None:
         self.layers: dict[str, Quantized] = {}
+        self.vectors: dict[str, Tensor] = {}
 
     def add(self, name: str, q: Quantized) -> None:
         """One finished layer."""
         self.layers[name] = q
+
+    def rewrite(self, name: str, tensor: Tensor) -> None:
+        """A changed tensor that is not quantized."""
+        self.vectors[name] = tensor
 
 
 class AutoRound:
@@ -63,6 +71,7 @@ class AutoRound:
 
     def __init__(self, model: str | Path | nn.Module, tokenizer: Any = None, **options: Any) -> None:
         self.options = settled(Options.of(options))
+        self._budget = None if self.options.time_budget is None else parse_duration(self.options.time_budget)
         self.numbers = self.options.numbers()
         self.base = base_scheme(self.options)
         self.material = Material(model, tokenizer, self.options, self.base)
@@ -131,6 +140,9 @@ class AutoRound:
             for name, q in self._kept.layers.items():
                 for writer in writers:
                     writer.add(name, q)
+            for name, tensor in self._kept.vectors.items():
+                for writer in writers:
+                    writer.rewrite(name, tensor)
         return self.material.live_model()
 
     def quantize_and_save(
@@ -153,6 +165,9 @@ class AutoRound:
             plans = [self.make_plan(group) for group in groups]
             self.plan = plans[0]
             reset_peak()
+            earlier = earlier_steps(Path(output_dir)) if self.options.resume and self._budget else None
+            if earlier is not None:
+                self._give_steps(Chosen(earlier, f"{earlier} steps, as in the run that is resumed"))
             self._place(self.plan, groups[0], measure=self.options.report is not None)
             self._scratch = Path(output_dir)
             report = Report()
@@ -273,7 +288,8 @@ class AutoRound:
         body = self.subject().anatomy
         wanted = {name for each in passes for name in each.plan.quantized()}
         outside = [name for name in wanted if body.layers[name].block is None]
-        return sum(len(blocks) for blocks in body.block_lists) + len(outside)
+        together = [-(-len(blocks) // self.options.nblocks) for blocks in body.block_lists]
+        return sum(together) + len(outside)
 
     def _source(self, steps: Sequence[Step]) -> Source:
         """Shards when weights are all that is needed, else the live model."""
@@ -296,6 +312,9 @@ class AutoRound:
             tune_outside=not self.material.whole,
             activations=placement.activations,
             layers=placement.layers,
+            nblocks=self.options.nblocks,
+            compiled=bool(self.options.enable_torch_compile),
+            language=self.options.enable_lfq,
             scratch=self._scratch if self._scratch and self._scratch.is_dir() else None,
         )
         return LiveSource(self.material.runnable(), self.subject().anatomy, execution, data)
@@ -315,7 +334,17 @@ class AutoRound:
             steps=lambda at_once, iters: self.steps(plan, at_once=at_once, iters=iters),
             live=lambda placed, data, quantized: self._live_source(placed, data, quantized=quantized),
         )  # fmt: skip
+        if self._budget is not None:
+            most = self.options.iters or RECIPES["best"].iters
+            self._give_steps(within(self._budget, sizing.seconds_by_steps(), most))
         self.placement, self.seconds = sizing.placement()
+
+    def _give_steps(self, chosen: Chosen) -> None:
+        """Go on with the number of sign steps that the time budget allows; the budget is then settled."""
+        logger.info("time budget: %s", chosen.why)
+        start = self.options.start or "gptq"
+        self.options = replace(self.options, iters=chosen.iters, start=start, time_budget=None)
+        self.numbers, self._budget, self.material.options = self.options.numbers(), None, self.options
 
 
 @contextmanager

@@ -58,6 +58,7 @@ def steps_for(
                 published=options.algorithm == "sign_round_published",
                 schedule=schedule_named(options.lr_scheduler),
                 patience=options.dynamic_max_gap,
+                norm_bias=options.enable_norm_bias_tuning,
                 trim_below=FEW_BITS if options.enable_alg_ext else 0,
                 seed=options.seed,
             )

@@ -26,6 +26,9 @@ class SignRoundConfig:
     not_use_best_mse: bool = False
     enable_adam: bool = False
     enable_alg_ext: bool = False
+    enable_norm_bias_tuning: bool = False
+    enable_lfq: bool = False
+    nblocks: int = 1
     dynamic_max_gap: int = -1
     lr_scheduler: Any = None
 

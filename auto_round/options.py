@@ -57,6 +57,7 @@ class Options:
     disable_opt_rtn: bool | None = None
     enable_opt_rtn: bool | None = None
     seed: int = 42
+    time_budget: str | float | None = None
 
     dataset: Any = None
     device_map: Any = None
@@ -115,8 +116,6 @@ class Options:
             # The default and None ask for nothing, so scripts that pass every keyword go on working.
             if values[name] != defaults[name] and values[name] is not None:
                 raise NotYetError(f"{name}={values[name]!r}: {sentence}")
-        if self.enable_torch_compile:
-            raise NotYetError("enable_torch_compile=True: compiled blocks are not there yet; leave it out")
         if self.start not in (None, *STARTS):
             raise PlanError(f"start must be one of {', '.join(STARTS)}, got {self.start!r}")
         if not 50 <= self.act_percentile <= 100:
@@ -124,6 +123,13 @@ class Options:
                 f"act_percentile must be 50 to 100, got {self.act_percentile!r}; 100 is the maximum"
             )
         schedule_named(self.lr_scheduler)
+        if not self.numbers().iters:
+            for name in TUNING_ONLY:
+                if values[name] != defaults[name]:
+                    raise PlanError(
+                        f"{name}={values[name]!r} is about tuning, and this recipe does none: leave it out, or "
+                        "give iters"
+                    )
         for name, least in AT_LEAST.items():
             value = values[name]
             if value is not None and (isinstance(value, bool) or value < least):  # True is 1 to Python
@@ -178,6 +184,7 @@ STARTS = ("gptq", "search", "none")
 AT_LEAST = {
     "iters": 0,
     "workers": 1,
+    "nblocks": 1,
     "nsamples": 0,
     "seqlen": 1,
     "batch_size": 1,
@@ -187,10 +194,10 @@ AT_LEAST = {
 }
 """Smallest sensible numbers."""
 
+TUNING_ONLY = ("nblocks", "enable_norm_bias_tuning", "enable_lfq", "time_budget")
+"""Options that mean nothing without sign steps."""
+
 LATER = {
-    "nblocks": "tuning several blocks together is not there yet",
-    "enable_norm_bias_tuning": "tuning norms and biases is not there yet",
-    "enable_lfq": "the language-model loss on the last block is not there yet",
     "rotation_config": "rotations are not there yet",
     "static_attention_dtype": "quantized attention is not there yet",
     "super_bits": "scales of scales (GGUF) are not there yet",

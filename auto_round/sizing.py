@@ -11,7 +11,7 @@ from auto_round.core.errors import PlanError
 from auto_round.core.placement import Placement
 from auto_round.core.plan import Plan
 from auto_round.formats.base import Format
-from auto_round.jobs.placing import Wish, place, place_stream
+from auto_round.jobs.placing import Wish, place, place_stream, seconds_by_steps
 from auto_round.jobs.planner import SAMPLES, Stage, base_memory, rounded
 from auto_round.jobs.workers import cores
 from auto_round.material import Material
@@ -99,6 +99,15 @@ class Sizing:
         written = self.material.author_bytes
         return (found if found.ram is None else replace(found, ram=max(found.ram, written))), seconds
 
+    def seconds_by_steps(self) -> Callable[[int], float]:
+        """Estimated seconds of the job by its number of sign steps."""
+        devices, numbers = parse_devices(self.material.options.device_map), self.material.options.numbers()
+        steps = self.steps(numbers.batch_size, None)
+        needs = max((step.needs for step in steps), default=Needs.NOTHING)
+        requires = max((step.requires for step in steps), default=Needs.NOTHING)
+        data = self.material.samples(needs, requires) if self.with_data else None
+        return seconds_by_steps(self._wish(steps, needs, data, devices))
+
     def streams(self, needs: Needs, data: Calibration | None) -> bool:
         """Whether weights are all that is looked at, straight from the shards."""
         options, material = self.material.options, self.material
@@ -144,6 +153,7 @@ class Sizing:
         return Wish(
             subject=material.subject(), devices=devices, batch=numbers.batch_size,
             samples=len(data.tokens) if data is not None else numbers.nsamples, iters=numbers.iters,
-            chains=3 if tuned and options.enable_quanted_input else 2, low_vram=options.low_gpu_mem_usage,
+            chains=3 if tuned and options.enable_quanted_input else 2, nblocks=options.nblocks,
+            low_vram=options.low_gpu_mem_usage,
             resident=material.weights_home().whole, keeps=self.keeps, stage=stage,
         )  # fmt: skip

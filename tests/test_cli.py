@@ -188,10 +188,6 @@ LATER = [
     ["--algorithm", "awq,auto_round"],
     ["--super_bits", "6"],
     ["--super_group_size", "8"],
-    ["--nblocks", "2"],
-    ["--enable_norm_bias_tuning"],
-    ["--enable_lfq"],
-    ["--enable_torch_compile"],
 ]
 
 

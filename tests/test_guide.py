@@ -225,7 +225,6 @@ def test_a_checkpoint_loads_on_every_device_map_of_this_machine(model_name_or_pa
         {"scheme": "W4A16", "rotation_config": "quarot"},
         {"scheme": "INT8", "algorithm": "awq"},
         {"algorithm": "awq", "scheme": "W4A16"},
-        {"enable_torch_compile": True},
     ],
     ids=str,
 )

@@ -256,6 +256,24 @@ def test_a_block_that_is_as_good_as_exact_is_not_tuned():
         block.weights[name] = fake(block.weights[name], spec)
     SignRound(iters=12).block(block, plan_of(block, spec), {}, report)
     assert report.kept == "plain" and report.iterations == 0 and "tuned" not in report.losses
+    assert report.saved == 12 and report.why == "as good as exact"
+
+
+def test_tuning_ends_when_the_floor_is_reached_and_says_what_it_saved(monkeypatch):
+    def tuned():
+        report = BlockReport()
+        spec = TensorSpec(bits=2, group=16)
+        SignRound(iters=40).block(block := Linears(), plan_of(block, spec), {}, report)
+        return report
+
+    whole = tuned()
+    assert (whole.iterations, whole.saved, whole.why) == (40, 0, "")
+    between = (whole.losses["plain"] + whole.losses["tuned"]) / 2
+    monkeypatch.setattr(SignRound, "_floor", lambda *_: between)
+    report = tuned()
+    assert report.losses["tuned"] <= between and report.kept == "tuned"
+    assert 0 < report.iterations < 40 and report.iterations + report.saved == 40
+    assert report.why == "as good as exact"
 
 
 def test_patience_ends_tuning_after_the_best_state():
@@ -264,6 +282,7 @@ def test_patience_ends_tuning_after_the_best_state():
         block, plan_of(block, TensorSpec(bits=4, group=16)), {}, report
     )
     assert 30 <= report.iterations < 200
+    assert report.saved == 200 - report.iterations and report.why == "no better for 30 steps"
 
 
 def test_the_schedule_is_asked_for_every_step():

@@ -136,12 +136,19 @@ class Tuning:
     disable_opt_rtn: Annotated[bool | None, _switch("disable-opt-rtn", help="No search of ranges.")] = None
     enable_opt_rtn: Annotated[bool | None, _switch("enable-opt-rtn", help="Search of ranges.")] = None
     seed: Annotated[int, _flag("seed", help="Same seed, same bytes.")] = 42
-    nblocks: Annotated[int, _flag("nblocks")] = 1
+    nblocks: Annotated[int, _flag("nblocks", help="Consecutive blocks that are tuned together.")] = 1
+    time_budget: Annotated[
+        Text, _flag("time-budget", help="Such as 10m: as many steps as fit, from a rehearsal of one block.")
+    ] = None
     enable_alg_ext: Annotated[
         bool, _switch("enable-alg-ext", help="SignRoundV2: outliers are left out of the loss below 4 bits.")
     ] = False
-    enable_norm_bias_tuning: Annotated[bool, _flag("enable-norm-bias-tuning")] = False
-    enable_lfq: Annotated[bool, _switch("enable-lfq")] = False
+    enable_norm_bias_tuning: Annotated[
+        bool, _flag("enable-norm-bias-tuning", help="Norms and biases are tuned too.")
+    ] = False
+    enable_lfq: Annotated[
+        bool, _switch("enable-lfq", help="The last block is tuned on the model's predictions.")
+    ] = False
     dynamic_max_gap: Annotated[
         int, _flag("dynamic-max-gap", help="Stop a block that many steps after its best; -1: never.")
     ] = -1
@@ -190,10 +197,14 @@ class Machine:
     ] = False
     max_ram: Annotated[Text, _flag("max-ram", help="Most main memory to use, such as 8GB.")] = None
     max_vram: Annotated[Text, _flag("max-vram", help="Most device memory to use, such as 20GB.")] = None
-    enable_torch_compile: Annotated[bool, _switch("enable-torch-compile")] = False
+    enable_torch_compile: Annotated[
+        bool, _switch("enable-torch-compile", help="Blocks are compiled; eager where that fails.")
+    ] = False
     disable_torch_compile: Annotated[bool, _switch("disable-torch-compile")] = False
     disable_amp: Annotated[bool, _switch("disable-amp", help="float32 matrix products.")] = False
-    enable_deterministic_algorithms: Annotated[bool, _switch("enable-deterministic-algorithms")] = False
+    enable_deterministic_algorithms: Annotated[
+        bool, _switch("enable-deterministic-algorithms", help="An operation without such a form is an error.")
+    ] = False
     disable_deterministic_algorithms: Annotated[bool, _switch("disable-deterministic-algorithms")] = False
     model_free: Annotated[
         bool, _switch("model-free", help="From the checkpoint's shards, no model is built.")

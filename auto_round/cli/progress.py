@@ -81,7 +81,7 @@ class Show(AbstractContextManager["Show"]):
         report = result.report
         parts = [f"{name} {loss:.3g}" for name, loss in report.losses.items()]
         if report.losses:  # only tuning takes steps
-            parts.append(f"{report.iterations} steps")
+            parts.append(_steps(result))
         parts += [*_experts(result), f"kept {report.kept}", f"{result.seconds:.1f}s"]
         self.console.print(f"{result.name}: {'  '.join(parts)}", markup=False)
         self._progress.advance(self._task)
@@ -108,6 +108,14 @@ class Show(AbstractContextManager["Show"]):
                 f"{size / original:.1%}" if original else "-",
             )
         return table
+
+
+def _steps(result: BlockResult) -> str:
+    """Steps taken; of how many and why not all, when there were fewer."""
+    report = result.report
+    if not report.saved:
+        return f"{report.iterations} steps"
+    return f"{report.iterations} of {report.iterations + report.saved} steps, {report.why}"
 
 
 def _experts(result: BlockResult) -> list[str]:

@@ -74,6 +74,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         self._staging = folder / STAGING
         self._digests: dict[str, tuple[TensorSpec, tuple[int, int], str]] = {}
         self._written: dict[str, dict[str, int]] = {}
+        self._rewritten: dict[str, int] = {}
         self._ledger, self._kinds, self._copied = ledger, set[object](), set[str]()
         self._fused: FusedTensors | None = None
         self._cache = dict(cache or {})
@@ -192,6 +193,17 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         # A matrix inside a fused tensor is only in memory until that is complete, so it does not count yet.
         if self._ledger is not None and all(full in self._shards.infos for full in sums):
             self._ledger.add(name, sums)
+
+    def rewrite(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor that is not quantized but has changed."""
+        stored = self.subject.stored_tensor(name)
+        tensor = tensor.to(self._planned(stored).dtype)
+        try:
+            self._shards.put(stored, tensor)
+        except OSError as error:
+            raise OutputError(f"output folder {self.folder} cannot be written: {error}") from error
+        self._copied.add(stored)
+        self._rewritten[stored] = checksum(tensor)
 
     def _is_sample(self, q: Quantized) -> bool:
         kind, known = (q.spec, q.shape), len(self._kinds)
@@ -316,6 +328,11 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
     def _verify(self) -> None:
         """Read every quantized layer back and compare it, bit for bit, with what was handed in."""
         stored = Checkpoint(self._staging)
+        for full, whole in self._rewritten.items():
+            if checksum(stored.get(full)) != whole:
+                raise VerificationError(
+                    f"{full} in {self.folder} reads back differently; the disk may be faulty"
+                )
         for name, sums in self._written.items():
             tensors = {full: self._read_back(stored, full) for full in sums}
             for full, tensor in tensors.items():

@@ -269,6 +269,10 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
         stored = f"{self.subject.stored_name(name)}.weight"
         self._put(stored, self._ordered(stored, self.format.write(q)["weight"]))
 
+    def rewrite(self, name: str, tensor: Tensor) -> None:
+        """Use `tensor` in the place of the one in the checkpoint when that is copied."""
+        self._extra[self.subject.stored_tensor(name)] = tensor
+
     def _ordered(self, stored: str, rows: Tensor) -> Tensor:
         order = row_order(self._architecture, self._target_of[stored].name, rows.shape[0], self._config)
         return rows if order is None else rows[order]

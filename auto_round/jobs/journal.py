@@ -52,6 +52,7 @@ class Journal(AbstractContextManager["Journal"]):
         self._made, self._begun = folders.missing(self.folder), False
         self._file: BinaryIO | None = None
         self._layers: dict[str, list[dict[str, Any]]] = {}
+        self._vectors: list[dict[str, Any]] = []
 
     def begin(self, manifest: Mapping[str, Any], *, resume: bool) -> None:
         """Start, or go on with what an earlier run finished.
@@ -108,11 +109,18 @@ class Journal(AbstractContextManager["Journal"]):
 
     def add(self, name: str, q: Quantized) -> None:
         """Store one layer of the block at hand; it does not count before `finished`."""
+        self._layers[name] = self._store(q.tensors())
+
+    def rewrite(self, name: str, tensor: Tensor) -> None:
+        """Store a changed tensor that is not quantized."""
+        self._vectors += self._store({name: tensor})
+
+    def _store(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         try:
             if self._file is None:
                 (self.folder / UNFINISHED).mkdir()
                 self._file = (self.folder / UNFINISHED / TENSORS).open("wb")
-            self._layers[name] = [_put(self._file, key, t) for key, t in q.tensors().items()]
+            return [_put(self._file, key, t) for key, t in tensors.items()]
         except OSError as error:
             raise OutputError(f"journal {self.folder} cannot be written: {error}") from error
 
@@ -129,6 +137,7 @@ class Journal(AbstractContextManager["Journal"]):
             # On disk before its name says that it counts.
             self._close(sync=True)
             about = {**asdict(result), "digest": _digest(unfinished / TENSORS), "tensors": self._layers}
+            about["vectors"] = self._vectors
             with (unfinished / INDEX).open("w") as file:
                 json.dump(about, file)
                 file.flush()
@@ -138,7 +147,7 @@ class Journal(AbstractContextManager["Journal"]):
         except OSError as error:
             raise OutputError(f"journal {self.folder} cannot be written: {error}") from error
         self.done[result.name] = final
-        self._layers = {}
+        self._layers, self._vectors = {}, []
 
     def _close(self, *, sync: bool) -> None:
         if self._file is not None:
@@ -148,8 +157,8 @@ class Journal(AbstractContextManager["Journal"]):
             self._file.close()
             self._file = None
 
-    def read(self, block: str) -> tuple[dict[str, Quantized], BlockResult]:
-        """The layers of a finished block, and what its observers were told."""
+    def read(self, block: str) -> tuple[dict[str, Quantized], dict[str, Tensor], BlockResult]:
+        """The layers of a finished block, its other changed tensors, and what its observers were told."""
         about = json.loads((self.done[block] / INDEX).read_text())
         layers = {}
         with (self.done[block] / TENSORS).open("rb") as file:
@@ -160,9 +169,10 @@ class Journal(AbstractContextManager["Journal"]):
                 codes, inputs = tensors.pop("codes"), inputs_among(tensors)
                 params = {key: value for key, value in tensors.items() if not key.startswith(INPUT)}
                 layers[name] = Quantized(spec, self.plan.shapes[name], codes, params, inputs)
+            vectors = {part["key"]: _take(file, part) for part in about["vectors"]}
         report = BlockReport(**about["report"])
         told = {field.name: about[field.name] for field in fields(BlockResult)}
-        return layers, BlockResult(**{**told, "report": report})
+        return layers, vectors, BlockResult(**{**told, "report": report})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -203,8 +213,10 @@ class Resumed(Source):
             del block  # before the next one is read
 
     def _replay(self, block: Block) -> None:
-        layers, result = self.journal.read(block.name)
-        replaced = {}
+        layers, replaced, result = self.journal.read(block.name)
+        for name, tensor in replaced.items():
+            for writer in self.writers:
+                writer.rewrite(name, tensor)
         for name, q in layers.items():
             for writer in self.writers:
                 writer.add(name, q)
@@ -219,6 +231,15 @@ class Resumed(Source):
     def done(self, block: Block, replaced: Mapping[str, Tensor]) -> None:
         """As the source does it."""
         self.source.done(block, replaced)
+
+
+def earlier_steps(output: Path) -> int | None:
+    """Sign steps per block of the unfinished run in the folder `output`; None when there is none."""
+    stored = output / JOURNAL / MANIFEST
+    if not stored.is_file():
+        return None
+    steps = json.loads(stored.read_text())["recipe"].values()
+    return int(next((step["iters"] for step in steps if "iters" in step), 0))
 
 
 def _digest(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +32,7 @@ from auto_round.jobs.stream import One, Unit, units
 from auto_round.models.device import Devices
 from auto_round.models.memory import Tally, give_back
 from auto_round.models.subject import Subject
+from auto_round.models.window import windows
 from auto_round.sources.tensors import TensorSource
 from auto_round.steps.base import Step
 
@@ -41,8 +42,9 @@ SHARE = 0.9  # of a card's free memory that may be planned for; the rest goes to
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """What is to be placed. batch, samples, iters: of the recipe. chains: copies of the hidden states. resident:
-    whether the model is in memory as a whole. keeps: whether what is made stays in memory. stage: for rehearsals."""
+    """What is to be placed. batch, samples, iters: of the recipe. chains: copies of the hidden states. nblocks: blocks
+    tuned together. resident: whether the model is in memory as a whole. keeps: whether what is made stays in memory.
+    stage: for rehearsals."""
 
     subject: Subject
     devices: Devices
@@ -50,6 +52,7 @@ class Wish:
     samples: int
     iters: int
     chains: int
+    nblocks: int
     low_vram: bool
     resident: bool
     keeps: bool
@@ -91,18 +94,19 @@ def place(
         (placed.ram or 0) / 1e9,
         f", {placed.vram / 1e9:.2f} GB on {main}" if placed.vram else "",
     )
-    seconds = sum(
-        part.times
-        * estimate(
-            part.rehearsal,
-            iters=wish.iters,
-            batch=wish.batch,
-            at_once=placed.micro_batch,
-            samples=wish.samples,
-        )
-        for part in parts
-    )
+    seconds = _seconds(wish, parts, placed.micro_batch, wish.iters)
     return replace(placed, device=str(main), layers=layers, why=why), seconds
+
+
+def seconds_by_steps(wish: Wish) -> Callable[[int], float]:
+    """Estimated seconds of the job by the number of sign steps, from a rehearsal with the whole batch at once."""
+    parts = list(_parts(wish))
+    return lambda iters: _seconds(wish, parts, wish.batch, iters)
+
+
+def _seconds(wish: Wish, parts: Sequence[Part], at_once: int, iters: int) -> float:
+    about = {"iters": iters, "batch": wish.batch, "at_once": at_once, "samples": wish.samples}
+    return sum(part.times * estimate(part.rehearsal, **about) for part in parts)
 
 
 def _parts(wish: Wish) -> Iterator[Part]:
@@ -110,8 +114,9 @@ def _parts(wish: Wish) -> Iterator[Part]:
     tree, stage = wish.subject.tree, wish.stage
     assert tree is not None, "a job that runs blocks has a module tree"
     body = wish.subject.anatomy
-    sizes = {block: _bytes(tree.get_submodule(block)) for block in body.in_order()}
-    heaviest = max(sizes, key=lambda block: sizes[block])  # what it takes, every other block has room for
+    together = [each for blocks in body.block_lists for each in windows(blocks, wish.nblocks)]
+    sizes = {each[0]: sum(_bytes(tree.get_submodule(block)) for block in each) for each in together}
+    heaviest = max(sizes, key=lambda first: sizes[first])  # what it takes, every other one has room for
     outside = [name for name in stage.plan.quantized() if body.layers[name].block is None]
     for name in (heaviest, *outside):
         inside = name == heaviest

@@ -111,6 +111,9 @@ class Packed:
         for fmt in self.formats:
             fmt.write(q)
 
+    def rewrite(self, name: str, tensor: Tensor) -> None:
+        """Nothing."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:

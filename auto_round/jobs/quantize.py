@@ -30,6 +30,9 @@ class Writer(Protocol):
     def add(self, name: str, q: Quantized) -> None:
         """One finished layer."""
 
+    def rewrite(self, name: str, tensor: torch.Tensor) -> None:
+        """A tensor that is not quantized but has changed, in its storage dtype."""
+
 
 @dataclass(frozen=True, slots=True)
 class BlockResult:
@@ -89,7 +92,7 @@ def quantize(
         # Before the clock stops: moving the activations on is part of a block's time.
         source.done(block, replaced)
         seconds = time.perf_counter() - started
-        layers = len({name for weights, _ in made for name in weights})
+        layers = len({name for weights, _ in made for name in weights.layers})
         result = BlockResult(block.name, layers, report, seconds, dict(block.tokens), sorted(block.starved))
         for observer in observers:
             observer.finished(result)
@@ -97,26 +100,35 @@ def quantize(
 
 
 class Fakes(Mapping[str, torch.Tensor]):
-    """Layer -> what its weight becomes, (O, I) float32; made when it is looked at, for a stream never does."""
+    """Layer -> what its weight becomes, (O, I) float32; made when it is looked at, for a stream never does.
 
-    def __init__(self, made: Mapping[str, Quantized]) -> None:
-        self._made = made
+    rewritten: tensors that changed without being quantized, which are among the values too.
+    """
+
+    def __init__(
+        self, made: Mapping[str, Quantized], rewritten: Mapping[str, torch.Tensor] = NEUTRAL
+    ) -> None:
+        self._made, self._rewritten = made, rewritten
+        self.layers = tuple(made)
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self._rewritten:
+            return self._rewritten[name]
         return codec_of(self._made[name].spec).dequantize(self._made[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._made)
+        yield from self._made
+        yield from self._rewritten
 
     def __len__(self) -> int:
-        return len(self._made)
+        return len(self._made) + len(self._rewritten)
 
 
 def quantize_block(block: Block, job: Pass) -> tuple[Fakes, BlockReport]:
     """(what the weights become, what the steps found out) for one block."""
     report, specs = BlockReport(kept="plain"), specs_of(block, job.plan)
     check_finite(block, specs)
-    block.tied = tied(block, specs, job.plan)
+    block.tied, block.rewritten = tied(block, specs, job.plan), {}
     knobs: dict[str, Knobs] = dict(block.tied)
     for step in job.steps:
         knobs = step.block(block, job.plan, knobs, report)
@@ -128,7 +140,10 @@ def quantize_block(block: Block, job: Pass) -> tuple[Fakes, BlockReport]:
         made[name] = q
         for writer in job.writers:
             writer.add(name, q)
-    return Fakes(made), report
+    for name, tensor in block.rewritten.items():
+        for writer in job.writers:
+            writer.rewrite(name, tensor)
+    return Fakes(made, block.rewritten), report
 
 
 def tied(block: Block, specs: dict[str, TensorSpec], plan: Plan) -> dict[str, Knobs]:

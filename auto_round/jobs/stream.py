@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from auto_round.codecs.base import codec_of
 from auto_round.core.plan import Plan
@@ -197,6 +198,11 @@ class Locked:
         """One finished layer."""
         with self._lock:
             self._writer.add(name, q)
+
+    def rewrite(self, name: str, tensor: Tensor) -> None:
+        """A changed tensor that is not quantized."""
+        with self._lock:
+            self._writer.rewrite(name, tensor)
 
     def to_copy(self) -> list[str]:
         """Nothing: the writer sees to that itself."""

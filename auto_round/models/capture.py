@@ -6,13 +6,14 @@ gives the first block's hidden states and each block's own keyword arguments: ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from auto_round.core.errors import ModelError
 
@@ -150,6 +151,26 @@ def input_after_blocks(
     if not got:
         raise ModelError("the model never reached the layer after its blocks")
     return got[0]
+
+
+def output_after_blocks(
+    recorder: Recorder, parameters: Mapping[str, Tensor], tokens: Tensor, mask: Tensor | None, hidden: Tensor
+) -> Tensor:
+    """Logits (B, T, V) of the model when its last block returns `hidden` (B, T, H); differentiable in `hidden`.
+
+    parameters: what is used outside the blocks in the place of the model's own.
+    """
+
+    def skip(*args: Any, **kwargs: Any) -> Any:
+        return recorder.like_output(_split_call(args, kwargs)[0])
+
+    def finish(*_args: Any, **_kwargs: Any) -> Any:
+        return recorder.like_output(hidden)
+
+    call = {"input_ids": tokens, "use_cache": False, **({} if mask is None else {"attention_mask": mask})}
+    with replaced_forwards(recorder.blocks, [skip] * (len(recorder.blocks) - 1) + [finish]):
+        logits: Tensor = functional_call(recorder.model, dict(parameters), (), call).logits
+    return logits
 
 
 def leaves(value: Any) -> list[Tensor]:

@@ -51,6 +51,15 @@ class Subject:
         found = None if stored is None else self.files.store.quantized(stored)
         return found if found is not None and found.shape == about.shape else None
 
+    def stored_tensor(self, tensor: str) -> str:
+        """Name in the checkpoint of a tensor of the module tree that is no layer's weight."""
+        assert self.tree is not None, "what is tuned has a module tree"
+        saved = SavedNames(self.tree).renamed
+        found = names_match([tensor], self.files.store.infos, str(self.tree.base_model_prefix), saved)
+        if found is None:
+            raise ModelError(f"{tensor}: not found in the checkpoint, so its tuned values cannot be written")
+        return found[tensor]
+
     def unties(self, layer: str) -> bool:
         """Whether quantizing `layer` cuts its tie to the embedding, whose tensor then stays."""
         return layer == self.anatomy.head and self.anatomy.tied

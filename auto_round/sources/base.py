@@ -35,6 +35,11 @@ class Block(ABC):
     inputs: Mapping[str, Knobs] = MappingProxyType({})
     """Layer -> calibrated range of its inputs, as it is stored with the layer."""
 
+    vectors: Mapping[str, Tensor] = MappingProxyType({})
+    """Tensor name -> norms and biases that may be tuned along, (N,) in storage dtype."""
+    rewritten: Mapping[str, Tensor] = MappingProxyType({})
+    """Those of them that a step has changed."""
+
     tokens: Mapping[str, int] = MappingProxyType({})
     """Expert ("model.layers.0.mlp.experts.3") -> calibration tokens that its router sent to it."""
     starved: Collection[str] = ()
@@ -62,9 +67,14 @@ class Block(ABC):
     def run(self, rows: Sequence[int], weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Output for the samples `rows` as they arrive here through the quantized layers before, (B, T, H) float32.
 
-        weights: layer -> (O, I), used instead of the original ones.
+        weights: layer -> (O, I), and names of `vectors` -> (N,), used instead of the original ones.
         """
         raise AutoRoundError(f"{self.name}: this source cannot run blocks")
+
+    def predict(self, rows: Sequence[int], hidden: Tensor) -> Tensor | None:
+        """Logits of the next tokens (B, T, V) when this block puts out `hidden`; None unless it is the last one and was
+        asked for."""
+        return None
 
     def valid(self, rows: Sequence[int]) -> Tensor | None:
         """(B, T) bool: tokens that count; None when all do."""

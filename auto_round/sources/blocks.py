@@ -10,9 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.models.anatomy import Anatomy, Layer
-from auto_round.models.capture import Call, Calls, Pass, Recorder, input_after_blocks, varies
+from auto_round.models.capture import (
+    Call,
+    Calls,
+    Pass,
+    Recorder,
+    input_after_blocks,
+    output_after_blocks,
+    varies,
+)
 from auto_round.models.shards import raw_bytes
 from auto_round.models.skeleton import Resident, Skeleton
+from auto_round.models.window import CallsInTurn, window_name, windows
 from auto_round.sources.base import Block, Needs, Source
 from auto_round.sources.dataset import Calibration
 from auto_round.sources.expert_inputs import tell_starved
@@ -37,6 +46,7 @@ class LiveSource(Source):
         self.model, self.anatomy, self.execution, self.data = self._home.model, anatomy, execution, data
         self._needs = Needs.NOTHING
         self._last_block = ""
+        self._filled: tuple[str, ...] = ()
         self._tokens: dict[str, int] = {}
         self.call_bytes = 0  # of the arguments that single samples have for themselves, together
 
@@ -58,17 +68,19 @@ class LiveSource(Source):
             modules = [self.model.get_submodule(name) for name in blocks]
             recorder = Recorder(self.model, modules)
             chain, calls = (None, None) if self._needs is Needs.NOTHING else self._capture(recorder, blocks)
+            together = list(windows(blocks, self.execution.nblocks))
             # What leaves the last block is needed only by layers outside; else its quantized run can be saved.
-            self._last_block = "" if outside else blocks[-1]
-            for index, (name, module) in enumerate(zip(blocks, modules, strict=True)):
-                gather = name not in finished
-                yield self._block(name, module, chain, calls[index] if calls else None, gather)
+            self._last_block = "" if outside else window_name(together[-1])
+            for members in together:
+                own = calls[blocks.index(members[0]) :][: len(members)] if calls else []
+                after = self._after(recorder) if members[-1] == self.anatomy.in_order()[-1] else None
+                yield self._block(members, chain, own, window_name(members) not in finished, after)
         tell_starved(self._tokens)
         for layer in outside:
             yield self._outside(layer, recorder, chain)
 
     def sample(self, name: str, needs: Needs) -> Callable[[], Block]:
-        """What makes the block or outside layer `name` with the embedded samples as its inputs, wherever it comes."""
+        """What makes the block or outside layer `name`, on the embedded samples. A block comes with its window."""
         self._needs = needs if self.data is not None else Needs.NOTHING
         layer = self.anatomy.layers.get(name)
         lists = self.anatomy.block_lists
@@ -77,8 +89,9 @@ class LiveSource(Source):
         chain, calls = (None, None) if self._needs is Needs.NOTHING else self._capture(recorder, blocks)
         if layer is not None:
             return lambda: self._outside(layer, recorder, chain)
-        own = calls[blocks.index(name)] if calls else None
-        return lambda: self._block(name, self.model.get_submodule(name), chain, own, True)
+        members = next(each for each in windows(blocks, self.execution.nblocks) if name in each)
+        own = calls[blocks.index(members[0]) :][: len(members)] if calls else []
+        return lambda: self._block(members, chain, own, True)
 
     def _outside(self, layer: Layer, recorder: Recorder | None, chain: Chain | None) -> OutsideBlock:
         reader, inputs = self._reader(layer), None
@@ -89,6 +102,23 @@ class LiveSource(Source):
         module = self.model.get_submodule(layer.name)
         shared = layer.name == self.anatomy.embedding
         return OutsideBlock(layer, module, self.execution, inputs, valid, shared=shared)
+
+    def _after(self, recorder: Recorder) -> Callable[[Sequence[int], Tensor], Tensor] | None:
+        """From hidden states after the last block to logits, by the model's own norm and head."""
+        if not self.execution.language or self.data is None:
+            return None
+        data, device = self.data, self.execution.device
+        self._home.fill_outside(None)
+        inside = tuple(f"{block}." for block in self.anatomy.in_order())
+        # float32: small differences between predictions are what is looked at.
+        tensors = {n: p for n, p in self.model.named_parameters() if not n.startswith(inside)}
+        parameters = {n: p.detach().to(device, torch.float32) for n, p in tensors.items()}
+
+        def logits(rows: Sequence[int], hidden: Tensor) -> Tensor:
+            mask = None if data.attention_mask is None else data.attention_mask[list(rows)].to(device)
+            return output_after_blocks(recorder, parameters, data.tokens[list(rows)].to(device), mask, hidden)
+
+        return logits
 
     def _reader(self, layer: Layer) -> Layer | None:
         """The layer that multiplies by this weight: itself, or the head that is tied to the embedding, if any is."""
@@ -120,17 +150,30 @@ class LiveSource(Source):
         if isinstance(block, (LiveBlock, OutsideBlock)) and self._home.keeps:
             block.settle(replaced)
         # A block's weights are gone before the next ones are read: one is in memory at a time.
+        for name in self._filled:
+            self._home.drop(name)
         self._home.drop(block.name)
 
     def _block(
-        self, name: str, module: nn.Module, chain: Chain | None, calls: Calls | None, gather: bool
+        self,
+        members: tuple[str, ...],
+        chain: Chain | None,
+        calls: Sequence[Calls],
+        gather: bool,
+        after: Callable[[Sequence[int], Tensor], Tensor] | None = None,
     ) -> LiveBlock:
-        layers = {n: layer for n, layer in self.anatomy.layers.items() if layer.block == name}
-        self._home.fill(name)
-        experts = [found for found in self.anatomy.experts if found.path.startswith(f"{name}.")]
-        block = LiveBlock(name, module, layers, self.execution, experts)
-        if chain is not None and calls is not None:
-            block.attach(chain, calls, None if self.data is None else self.data.valid)
+        layers = {n: layer for n, layer in self.anatomy.layers.items() if layer.block in members}
+        self._filled = members
+        for name in members:
+            self._home.fill(name)
+        experts = [
+            e for e in self.anatomy.experts if e.path.startswith(tuple(f"{name}." for name in members))
+        ]
+        modules = {name: self.model.get_submodule(name) for name in members}
+        block = LiveBlock(modules, layers, self.execution, experts, after)
+        if chain is not None and calls:
+            own = calls[0] if len(calls) == 1 else CallsInTurn(calls)
+            block.attach(chain, own, None if self.data is None else self.data.valid)
             with torch.no_grad():
                 block.observe(statistics=gather)
             self._tokens.update(block.tokens)

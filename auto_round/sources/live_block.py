@@ -6,7 +6,8 @@ are quantized, and what it is tuned on. Blocks run in float32 (matrix products i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,18 +22,21 @@ from auto_round.models.anatomy import Layer, parameters_for
 from auto_round.models.capture import Calls
 from auto_round.models.device import elsewhere
 from auto_round.models.experts import Experts
+from auto_round.models.window import CallsInTurn, Chained, window_name, window_prefix
 from auto_round.sources.activations import InputGrid, Limits, quantized_inputs
 from auto_round.sources.base import Block
 from auto_round.sources.expert_inputs import BlockExperts, quantized_expert_inputs
 from auto_round.sources.rows import FileRows, MemoryRows, Rows
 
+logger = logging.getLogger("auto_round")
 GRAM_MOST = 8192  # a Gram matrix of that many channels takes 256 MB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Execution:
-    """How blocks are run. amp: dtype of matrix products, or None for float32 throughout.
+    """How blocks are run. amp: dtype of matrix products, or None for float32 throughout. compiled: by torch.compile.
 
+    nblocks: consecutive blocks that are handed out as one. language: whether the last is judged by predictions.
     tune_outside: whether layers after the blocks can be run too; if not, only their inputs' statistics are known.
     activations, layers: as in `core.placement`. scratch: folder for hidden states in files.
     """
@@ -45,6 +49,9 @@ class Execution:
     activations: str = "memory"
     scratch: Path | None = None
     layers: Mapping[str, str] = field(default_factory=dict)
+    nblocks: int = 1
+    compiled: bool = False
+    language: bool = False
 
     def rows(self, shape: tuple[int, ...]) -> Rows:
         """Room for hidden states of `shape`, where they are to be kept."""
@@ -69,17 +76,23 @@ class Chain:
 
 
 class LiveBlock(Block):
-    """A block that is a module of a live model."""
+    """A block that is a module of a live model, or several in a row.
+
+    members: their modules by name. after: from sample numbers and hidden states (B, T, H) to logits, of the last.
+    """
 
     def __init__(
         self,
-        name: str,
-        module: nn.Module,
+        members: Mapping[str, nn.Module],
         layers: Mapping[str, Layer],
         execution: Execution,
         experts: Iterable[Experts] = (),
+        after: Callable[[Sequence[int], Tensor], Tensor] | None = None,
     ) -> None:
-        self.name, self.module, self._layers, self._execution = name, module, layers, execution
+        self.members, names = tuple(members.values()), tuple(members)
+        self.name, self._prefix = window_name(names), f"{window_prefix(names)}."
+        module = self.members[0] if len(names) == 1 else Chained(members)
+        self.module, self._layers, self._execution, self._after = module, layers, execution, after
         self._experts = tuple(experts)
         self._dtypes = {key: tensor.dtype for key, tensor in module.state_dict().items()}
         self._home = next(module.parameters()).device  # where `settle` puts the block back
@@ -98,13 +111,21 @@ class LiveBlock(Block):
         self._importance: dict[str, Tensor] = {}
         self._limits: dict[str, Limits] = {}
         self._grids: dict[str, InputGrid] = {}
+        self._free: list[nn.Parameter] = []
 
-    def attach(self, chain: Chain, calls: Calls, valid: Tensor | None) -> None:
+    def attach(self, chain: Chain, calls: Calls | CallsInTurn, valid: Tensor | None) -> None:
         """Give the block its inputs, after which it can be run."""
         self._chain, self._calls, self._valid = chain, calls, valid
         self.samples = chain.plain.shape[0]
         # After `weights` was made, which keeps the tensors as stored: codes are made from those, losses in float32.
         self.module.float()
+        # Only what is tuned needs a gradient. Norms with one would ask for that of their outputs too: a product more
+        # for each layer that reads them.
+        self._free = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self.module.requires_grad_(False)
+        if self._execution.compiled:
+            for member in self.members:
+                member.compile(dynamic=False)
 
     def observe(self, *, statistics: bool) -> None:
         """Run the original block over all samples: its targets, and the second moments of its layers' inputs."""
@@ -201,8 +222,7 @@ class LiveBlock(Block):
         # The few tokens of a starved expert would speak for all that it may ever get: no gradient comes from them.
         still = self.starved if len(self.starved) < len(weights or {}) else ()
         weights = {name: w.detach() if name in still else w for name, w in (weights or {}).items()}
-        replaced = parameters_for(self._layers, weights, self._parameter)
-        parameters = {self._inside(name): value for name, value in replaced.items()}
+        parameters = {self._inside(name): value for name, value in self._parameters(weights).items()}
 
         def module(*args: object, **kwargs: object) -> object:
             return (
@@ -217,7 +237,23 @@ class LiveBlock(Block):
             self._execution.autocast(),
             self._quantized_inputs(self._grids if parameters else {}),
         ):
-            return call.run(module, hidden[list(rows)].to(device)).float()
+            states = hidden[list(rows)].to(device)
+            try:
+                return call.run(module, states).float()
+            except torch._dynamo.exc.TorchDynamoException as error:  # raised by compiled blocks only
+                logger.warning(
+                    "%s: torch.compile failed, going on without: %s", self.name, _first_line(error)
+                )
+                self._run_eagerly()
+                return call.run(module, states).float()
+
+    def _run_eagerly(self) -> None:
+        for member in self.members:
+            member._compiled_call_impl = None
+
+    def predict(self, rows: Sequence[int], hidden: Tensor) -> Tensor | None:
+        """By what comes after the blocks."""
+        return None if self._after is None else self._after(rows, hidden)
 
     @contextmanager
     def _quantized_inputs(self, grids: Mapping[str, InputGrid]) -> Iterator[None]:
@@ -241,22 +277,49 @@ class LiveBlock(Block):
             self._chain.quantized = self._chain.plain
 
     def release(self) -> None:
-        """Let all layers run where their weights are."""
+        """Leave the module without what was put on it: all layers run where their weights are, and can be trained."""
         for hook in self._moves:
             hook.remove()
+        self._run_eagerly()
+        for parameter in self._free:
+            parameter.requires_grad_(True)
 
     @torch.no_grad()
     def settle(self, replaced: Mapping[str, Tensor]) -> None:
         """Leave the module as found, in its own dtypes and place, with the weights `replaced`."""
-        for name, value in parameters_for(self._layers, replaced, self._parameter).items():
+        for name, value in self._parameters(replaced).items():
             self._parameter(name).data = value
         for key, tensor in self.module.state_dict(keep_vars=True).items():
             # By .data: whoever else holds these parameters, the user for one, keeps seeing them.
             tensor.data = tensor.data.to(self._home, self._dtypes[key]).contiguous()
 
+    def _parameters(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameter of the model -> its value with `weights` of layers and vectors."""
+        layers = {name: weight for name, weight in weights.items() if name in self._layers}
+        plain = {name: value.float() for name, value in weights.items() if name not in layers}
+        return {**parameters_for(self._layers, layers, self._parameter), **plain}
+
+    @property
+    def vectors(self) -> Mapping[str, Tensor]:  # type: ignore[override]
+        """Weights and biases of norms, biases of layers."""
+        norms = {
+            f"{path}.{name}": parameter
+            for path, module in self.module.named_modules()
+            if "norm" in type(module).__name__.lower()
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+        plain = [self._inside(name) for name, layer in self._layers.items() if layer.piece is None]
+        biases = {f"{path}.bias": self.module.get_submodule(path).bias for path in plain}
+        found = {path: vector for path, vector in {**norms, **biases}.items() if vector is not None}
+        return {self._prefix + path: v.detach().to(self._dtypes[path]) for path, v in found.items()}
+
     def _inside(self, name: str) -> str:
         """Name of a parameter of the model as seen from this block."""
-        return name.removeprefix(f"{self.name}.")
+        return name.removeprefix(self._prefix)
 
     def _parameter(self, name: str) -> nn.Parameter:
         return self.module.get_parameter(self._inside(name))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from auto_round.codecs.base import codec_of, fake
 from auto_round.core.groups import group_size, merge, split
@@ -24,6 +24,9 @@ class BlockReport:
     losses: dict[str, float] = field(default_factory=dict)
     kept: str = ""
     iterations: int = 0
+    saved: int = 0
+    """Iterations of the recipe that were not needed, and `why`."""
+    why: str = ""
 
 
 class Step(ABC):
@@ -182,12 +185,36 @@ def output_loss(out: Tensor, target: Tensor, valid: Tensor | None, trim: float =
     return (squared * valid.unsqueeze(-1)).sum() / (valid.sum().clamp(min=1) * out.shape[-1])
 
 
+def prediction_loss(logits: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean divergence (nats per token that counts) of the predictions `target` from `logits`, (B, T, V) both."""
+    each = nn.functional.kl_div(
+        logits.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True
+    )
+    apart = each.sum(-1)
+    return apart.mean() if valid is None else (apart * valid).sum() / valid.sum().clamp(min=1)
+
+
+def block_loss(block: Block, rows: Sequence[int], fakes: Mapping[str, Tensor], trim: float = 0.0) -> Tensor:
+    """How far `block` with the weights `fakes` is from the original on the samples `rows`, ().
+
+    By the model's predictions when the block can tell them, else by its output.
+    """
+    out, target, valid = block.run(rows, fakes), block.target(rows), block.valid(rows)
+    logits = block.predict(rows, out)
+    if logits is None:
+        return output_loss(out, target, valid, trim)
+    with torch.no_grad():
+        wanted = block.predict(rows, target)
+    assert wanted is not None, "a block that predicts does so from any hidden states"
+    return prediction_loss(logits, wanted, valid)
+
+
 @torch.no_grad()
 def loss_on(block: Block, rows: Sequence[int], fakes: Mapping[str, Tensor], batch_size: int) -> float:
     """Loss of `block` with the weights `fakes` over the samples `rows`."""
     total, count = 0.0, 0
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        loss = output_loss(block.run(part, fakes), block.target(part), block.valid(part))
+        loss = block_loss(block, part, fakes)
         total, count = total + loss.item() * len(part), count + len(part)  # the last part may be smaller
     return total / max(1, count)

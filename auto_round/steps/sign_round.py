@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,15 +19,18 @@ from auto_round.codecs.base import codec_of
 from auto_round.core.errors import AutoRoundError
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import NEUTRAL, Knobs
+from auto_round.core.rounding import cast_to_storage
 from auto_round.core.scheme import TensorSpec
 from auto_round.sources.base import Block, Needs
-from auto_round.steps.base import BlockReport, Step, fakes_of, loss_on, output_loss, specs_of
+from auto_round.steps.base import BlockReport, Step, block_loss, fakes_of, loss_on, specs_of
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 8, 16  # an eighth of the samples, at most 16
 CHECKS, CHECK_STEPS = 10, 5  # held-out losses while tuning, at least so many steps apart
 BFLOAT16_NOISE = 2.0**-18 / 3  # mean squared relative error of rounding to 8 significant bits, at most
 TRIMMED = 0.001  # share of the outputs that an outlier-trimmed loss leaves out
 LOSS_FACTOR = 1000.0  # keeps small gradients out of underflow; their sign is all that counts
+VECTOR_STEPS = 15  # a norm or bias moves as a weight of 4 bits would, but is not rounded
+AS_GOOD_AS_EXACT = "as good as exact"
 MANY_ITERS, FEW_BITS = 1000, 3  # from that many iterations on, layers of few bits learn at twice the rate
 
 
@@ -62,6 +65,37 @@ class Batch:
         return {name: {key: part[i] for key, part in parts.items()} for i, name in enumerate(self.names)}
 
 
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """Tuned norms and biases: each is its value at the `start`, in storage dtype, plus a number of `step`s."""
+
+    start: dict[str, Tensor]
+    step: dict[str, Tensor]
+    tuned: dict[str, Trainable]
+
+    def fakes(self) -> dict[str, Tensor]:
+        """Name -> its present value, as the file will hold it, differentiable in the steps."""
+        return {name: self._value(name, t.value) for name, t in self.tuned.items()}
+
+    def best(self) -> dict[str, Tensor]:
+        """Name -> its best value, in storage dtype."""
+        return {name: self._value(name, t.best).to(self.start[name].dtype) for name, t in self.tuned.items()}
+
+    def _value(self, name: str, steps: Tensor) -> Tensor:
+        start = self.start[name]
+        return cast_to_storage(start.float() + self.step[name] * steps, start.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What tuning goes by: samples to train on and to judge by, the held-out loss at the start, and where to stop."""
+
+    train: list[int]
+    held_out: list[int]
+    start: float
+    floor: float
+
+
 @dataclass(kw_only=True)
 class SignRound(Step):
     """Tunes the knobs of all layers of a block together, against the block's float output.
@@ -73,7 +107,7 @@ class SignRound(Step):
     minmax_lr: step size of the range factors, default lr. adam: AdamW instead of the sign of the gradient.
     schedule: factor on the rates by the share of steps done. patience: if above 0, stop so many steps after the best.
     trim_below: in blocks with a layer of at most that many bits, a thousandth of the outputs is left out of the loss
-    that is trained on, those furthest off (SignRoundV2, arXiv:2512.04746).
+    that is trained on, those furthest off (SignRoundV2, arXiv:2512.04746). norm_bias: norms and biases are tuned too.
     """
 
     iters: int = 200
@@ -90,6 +124,7 @@ class SignRound(Step):
     schedule: Callable[[float], float] = field(default=lambda done: 1 - done)
     patience: int = -1
     trim_below: int = 0
+    norm_bias: bool = False
     seed: int = 42
     needs: Needs = field(default=Needs.FORWARD, init=False)
     requires: Needs = field(default=Needs.FORWARD, init=False)
@@ -108,57 +143,69 @@ class SignRound(Step):
         for name, candidate in candidates.items():
             report.losses[name] = loss_on(block, held_out, fakes_of(block, plan, candidate), self.batch_size)
         start = min(report.losses, key=lambda name: report.losses[name])
-        if report.losses[start] <= self._floor(block, held_out) and not self.published:
-            report.kept = start
+        floor = -math.inf if self.published else self._floor(block, held_out)
+        if report.losses[start] <= floor:
+            report.kept, report.saved, report.why = start, self.iters, AS_GOOD_AS_EXACT
             return candidates[start]
-        candidates["tuned"], report.losses["tuned"], report.iterations = self._tune(
-            block, specs, candidates[start], (train, held_out), report.losses[start]
+        goal = Goal(train, held_out, report.losses[start], floor)
+        state = [
+            self._batch(block, names, specs[names[0]], candidates[start]) for names in _alike(block, specs)
+        ]
+        vectors = self._vectors(block)
+        report.losses["tuned"], report.iterations, report.why = self._tune(
+            block, specs, [*state, vectors], goal
         )
+        report.saved = self.iters - report.iterations
+        best = {name: own for batch in state for name, own in batch.best().items()}
+        candidates["tuned"] = {name: {**candidates[start].get(name, NEUTRAL), **best[name]} for name in specs}
         report.kept = "tuned" if self.published else min(report.losses, key=lambda name: report.losses[name])
+        if report.kept == "tuned":
+            block.rewritten = vectors.best()
         return candidates[report.kept]
 
     def _floor(self, block: Block, rows: list[int]) -> float:
-        """The loss at which an output is as good as exact: that of storing it in bfloat16, with 8 significant bits."""
+        """The loss at which an output is as good as exact: that of storing it in bfloat16, with 8 significant bits.
+
+        Never for a block that is judged by predictions, whose loss has no such scale.
+        """
+        if block.predict(rows[:1], block.target(rows[:1])) is not None:
+            return -math.inf
         squares = [block.target([row]).square().mean().item() for row in rows]
         return BFLOAT16_NOISE * sum(squares) / len(squares)
 
     def _tune(
-        self,
-        block: Block,
-        specs: Mapping[str, TensorSpec],
-        start: Mapping[str, Knobs],
-        samples: tuple[list[int], list[int]],
-        start_loss: float,
-    ) -> tuple[dict[str, Knobs], float, int]:
-        """(knobs, held-out loss, steps taken) after `iters` sign steps from `start`, or fewer with `patience`."""
-        train, held_out = samples
-        batches = [self._batch(block, names, specs[names[0]], start) for names in _alike(block, specs)]
-        trainables = [t for batch in batches for t in batch.tuned.values()]
-        best_loss, update = start_loss, self._optimizer(trainables)
+        self, block: Block, specs: Mapping[str, TensorSpec], state: Sequence[Batch | Vectors], goal: Goal
+    ) -> tuple[float, int, str]:
+        """(least held-out loss, steps taken, why they were fewer than `iters`); the best values are left in `state`."""
+        trainables = [t for part in state for t in part.tuned.values()]
+        best_loss, update = goal.start, self._optimizer(trainables)
         if self.published or not self.best_state:
             best_loss = math.inf
-        draws = _draws(train, self.batch_size * self.gradient_accumulate_steps, self._generator(block))
-        checks, best_step, step = self._checks(), 0, 0
+        draws = _draws(goal.train, self.batch_size * self.gradient_accumulate_steps, self._generator(block))
+        checks, best_step, step, why = self._checks(), 0, 0, ""
         trim = TRIMMED if min(spec.bits for spec in specs.values()) <= self.trim_below else 0.0
         for step in range(1, self.iters + 1):
-            loss = self._accumulate(block, batches, next(draws), trim)
+            loss = self._accumulate(block, state, next(draws), trim)
             before = best_loss
             if self.published and self.best_state:
                 best_loss = _keep(trainables, loss.item(), best_loss)
             update(self.schedule((step - 1) / self.iters))
             if step in checks:
                 with torch.no_grad():
-                    held = loss_on(block, held_out, _fakes(batches), self.batch_size)
+                    held = loss_on(block, goal.held_out, _fakes(state), self.batch_size)
                 best_loss = _keep(trainables, held, best_loss)
             best_step = step if best_loss < before else best_step
-            if self.best_state and 0 < self.patience <= step - best_step:
+            if best_loss <= goal.floor:
+                why = AS_GOOD_AS_EXACT
+            elif self.best_state and 0 < self.patience <= step - best_step:
+                why = f"no better for {self.patience} steps"
+            if why:
                 break
         if not math.isfinite(best_loss):
             raise AutoRoundError(
                 f"{block.name}: the loss is {best_loss}; the block's output is not finite on this data"
             )
-        best = {name: own for batch in batches for name, own in batch.best().items()}
-        return {name: {**start.get(name, NEUTRAL), **best[name]} for name in specs}, best_loss, step
+        return best_loss, step, why
 
     def _checks(self) -> set[int]:
         """The steps after which the held-out loss is measured: the last one, and regular ones before it."""
@@ -184,6 +231,20 @@ class SignRound(Step):
             names, rows, codec_of(spec).tuner(weight, spec, fixed), self._trainables(spec, weight, fixed)
         )
 
+    def _vectors(self, block: Block) -> Vectors:
+        """Norms and biases, each value free to move by half a step of a 4-bit grid over its tensor."""
+        found = Vectors({}, {}, {})
+        for name, vector in block.vectors.items() if self.norm_bias else ():
+            start = vector.float()
+            found.start[name] = vector
+            found.step[name] = (start.amax().clamp(min=0) - start.amin().clamp(max=0)) / VECTOR_STEPS
+            half = torch.full_like(start, 0.5)
+            zero = torch.zeros_like(start)
+            found.tuned[name] = Trainable(
+                zero.clone().requires_grad_(), -half, half, self.lr or 1 / self.iters, zero
+            )
+        return found
+
     def _trainables(self, spec: TensorSpec, weight: Tensor, start: Knobs) -> dict[str, Trainable]:
         rate = self.lr or 1 / self.iters
         if self.lr is None and self.iters >= MANY_ITERS and spec.bits <= FEW_BITS:
@@ -207,15 +268,17 @@ class SignRound(Step):
             found[name] = Trainable(first.clone().requires_grad_(), low, high, own, first.clone())
         return found
 
-    def _accumulate(self, block: Block, batches: list[Batch], rows: list[int], trim: float) -> Tensor:
+    def _accumulate(
+        self, block: Block, state: Sequence[Batch | Vectors], rows: list[int], trim: float
+    ) -> Tensor:
         """The loss over the samples `rows`, (); its gradients are added up in micro-batches."""
         total = torch.zeros((), dtype=torch.float32)
         for start in range(0, len(rows), self.batch_size):
             part = rows[start : start + self.batch_size]
-            out = block.run(part, _fakes(batches))
-            # So that micro-batches of any size add up to the mean over the step.
-            share = len(part) / len(rows)
-            loss = output_loss(out, block.target(part), block.valid(part), trim) * share
+            share = len(part) / len(
+                rows
+            )  # so that micro-batches of any size add up to the mean over the step
+            loss = block_loss(block, part, _fakes(state), trim) * share
             (loss * LOSS_FACTOR).backward()
             total = total.to(loss.device) + loss.detach()
         return total
@@ -291,8 +354,8 @@ def _by_layer(tensor: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
     return tensor.split([count * per_row for count in rows]) if len(rows) > 1 else (tensor,)
 
 
-def _fakes(batches: list[Batch]) -> dict[str, Tensor]:
-    return {name: weight for batch in batches for name, weight in batch.fakes().items()}
+def _fakes(state: Sequence[Batch | Vectors]) -> dict[str, Tensor]:
+    return {name: weight for part in state for name, weight in part.fakes().items()}
 
 
 @torch.no_grad()

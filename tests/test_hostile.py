@@ -102,7 +102,9 @@ def test_an_empty_model_name_is_answered_with_what_to_pass(name):
 
 def test_a_file_instead_of_a_folder_is_named(good):
     refused(
-        ModelError, ["config.json", "is a file", "give the folder"], lambda: AutoRound(good / "config.json")
+        ModelError,
+        ["config.json", "is a file", "the folder that holds"],
+        lambda: AutoRound(good / "config.json"),
     )
 
 

@@ -43,7 +43,7 @@ class Gptq(Step):
             for _ in range(self.sweeps):
                 stack.offer(swept(stack))
             found |= stack.knobs()
-        report.kept = "gptq"
+            report.kept = "gptq"
         return found
 
 

@@ -256,7 +256,7 @@ def test_the_journal_holds_codes_exactly_and_small(tmp_path):
         for name, q in layers.items():
             journal.add(name, q)
         journal.finished(_result("model.layers.0", len(layers)))
-        again, _ = journal.read("model.layers.0")
+        again, _, _ = journal.read("model.layers.0")
         assert again.keys() == layers.keys() and all(again[n].equals(q) for n, q in layers.items())
         size = (tmp_path / JOURNAL / "model.layers.0" / "tensors.bin").stat().st_size
         assert size <= 0.6 * sum(q.codes.numel() for q in layers.values())

@@ -1,6 +1,7 @@
-"""Functions in C for loops that torch is too slow for: compiled for this processor at first use, kept in a cache.
+"""Code compiled for this processor at first use, and kept in a cache: C for loops that torch is too slow for.
 
-Each has a twin in torch, which takes over where there is no compiler. Plain C behind `ctypes`: a second to compile.
+Each C function has a twin in torch, which takes over where there is no compiler. Plain C behind `ctypes`: a second to
+compile. `compiled` serves other languages too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -35,7 +37,7 @@ def library(source: Path) -> ctypes.CDLL | None:
         )
         return None
     try:
-        return ctypes.CDLL(str(_compiled(compiler, source)))
+        return ctypes.CDLL(str(compiled([compiler, *FLAGS], source, link=["-lm"], timeout=TIMEOUT)))
     except subprocess.CalledProcessError as error:
         reason = error.stderr.strip().splitlines()[:1]  # the first line says it; the rest is context
         logger.info(
@@ -46,25 +48,48 @@ def library(source: Path) -> ctypes.CDLL | None:
     return None
 
 
-def _compiled(compiler: str, source: Path) -> Path:
-    """The compiled file, made now if the cache has none for this source, compiler and processor."""
-    # On ARM it is -mcpu that chooses instructions and tuning both, as -march does on x86.
-    tune = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    command = [compiler, *FLAGS, tune]
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    # Whatever changes the machine code changes the name, so a file that is there is never stale.
-    parts = (source.read_text(), *command, version, _processor())
-    mark = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    target = settings().kernel_cache / f"{source.stem}-{mark}.so"
+def compiled(
+    command: Sequence[str],
+    source: Path,
+    *,
+    timeout: int,
+    link: Sequence[str] = (),
+    name: str = "",
+    versions: Sequence[str] = (),
+    announce: str = "",
+) -> Path:
+    """The library that the compiler and flags `command` make of `source`, made now if the cache has none.
+
+    link: arguments that only say where things are. name: of the file, by default that of the source. versions: of what
+    else decides the outcome. announce: a message for the log when it has to be made, with the cache's folder for %s.
+    Raises what `subprocess.run` does when the compiler fails.
+    """
+    command = [*command, _native()]
+    target = settings().kernel_cache / f"{name or source.stem}-{_fingerprint(command, source, versions)}.so"
     if target.is_file():
         return target
+    if announce:
+        logger.info(announce, target.parent)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # beside it: no rename across file systems
         made = Path(folder) / target.name
-        command += [str(source), "-o", str(made), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT)
+        command += [str(source), "-o", str(made), *link]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=timeout)
         os.replace(made, target)  # atomic: another process sees all of it or nothing
     return target
+
+
+def _native() -> str:
+    """The flag for the instructions of this very processor."""
+    # On ARM it is -mcpu that chooses instructions and tuning both, as -march does on x86.
+    return "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+
+
+def _fingerprint(command: Sequence[str], source: Path, versions: Sequence[str]) -> str:
+    """A hash of all that decides the machine code, so that a file that is there is never stale."""
+    compiler = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=False).stdout
+    parts = (source.read_text(), *command, compiler, *versions, _processor())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _processor() -> str:
@@ -72,6 +97,5 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return f"{platform.machine()} {platform.processor()}"
-    return "\n".join(
-        sorted({line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))})
-    )
+    keys = ("flags", "Features", "model name")
+    return "\n".join(sorted({line for line in info.read_text().splitlines() if line.startswith(keys)}))

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import os
-import platform
 import shutil
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from auto_round.core.native import compiled
 from auto_round.core.settings import settings
-
-logger = logging.getLogger("auto_round")
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 # The last two let loops vectorise; they give up errno and traps, which nobody reads, and no digit of a result.
 FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 TIMEOUT = 600  # seconds; half a minute is usual
+ANNOUNCE = "compiling the CPU kernels once, about half a minute, into %s"
 
 
 class BuildError(RuntimeError):
@@ -51,51 +46,27 @@ def load(namespace: str = "auto_round_cpu", *defines: str) -> str:
 
 def _library(found: str, namespace: str, defines: tuple[str, ...]) -> Path:
     """The compiled library."""
-    command = [found, *FLAGS, _native(), f"-DAUTO_ROUND_LIBRARY={namespace}", *(f"-D{d}" for d in defines)]
-    target = settings().kernel_cache / f"{namespace}-{_fingerprint(command)}.so"
-    if target.is_file():
-        return target
-    logger.info("compiling the CPU kernels once, about half a minute, into %s", target.parent)
     root = Path(torch.__file__).parent
-    command += [f"-I{root}/include", f"-I{root}/include/torch/csrc/api/include"]
-    # Torch's own, else std::string links to nothing.
-    command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / target.name
-        # torch/lib holds the OpenMP runtime that torch itself uses: the same threads serve both.
-        command += [str(SOURCE), "-o", str(made), f"-L{root}/lib", "-ltorch_cpu", "-lc10"]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT)
-        except subprocess.CalledProcessError as error:
-            raise BuildError(f"{found} failed: {_first_error(error.stderr)}") from error
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise BuildError(f"{found} did not run: {error}") from error
-        # Renaming is atomic: another process either sees the whole library or compiles its own.
-        os.replace(made, target)
-    return target
-
-
-def _native() -> str:
-    """The flag for the instructions of this very processor."""
-    return "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-
-
-def _fingerprint(command: list[str]) -> str:
-    """A hash of all that decides the library: source, command, compiler, torch, processor."""
-    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=False).stdout
-    parts = (SOURCE.read_text(), *command, version, torch.__version__, _processor())
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def _processor() -> str:
-    """What the processor can do: a home folder may be shared by different machines."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return f"{platform.machine()} {platform.processor()}"
-    keys = ("flags", "Features", "model name")
-    lines = [line for line in info.read_text().splitlines() if line.startswith(keys)]
-    return "\n".join(sorted(set(lines)))
+    # Torch's own ABI, else std::string links to nothing; and from torch/lib the OpenMP runtime that torch itself uses,
+    # so that the same threads serve both.
+    link = [f"-I{root}/include", f"-I{root}/include/torch/csrc/api/include"]
+    link += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    link += [f"-L{root}/lib", "-ltorch_cpu", "-lc10"]
+    command = [found, *FLAGS, f"-DAUTO_ROUND_LIBRARY={namespace}", *(f"-D{d}" for d in defines)]
+    try:
+        return compiled(
+            command,
+            SOURCE,
+            timeout=TIMEOUT,
+            link=link,
+            name=namespace,
+            versions=[torch.__version__],
+            announce=ANNOUNCE,
+        )
+    except subprocess.CalledProcessError as error:
+        raise BuildError(f"{found} failed: {_first_error(error.stderr)}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{found} did not run: {error}") from error
 
 
 def _first_error(text: str) -> str:

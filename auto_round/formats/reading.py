@@ -20,6 +20,12 @@ PACKINGS = {
     "auto_round": "auto_round:gptqmodel",
     "auto_round:gptq": "auto_round:auto_gptq",
     "auto_round:awq": "auto_round:auto_awq",
+    "intel/auto-round": "auto_round:auto_gptq",
+    "autoround:gptq": "auto_round:auto_gptq",
+    "autoround:auto_gptq": "auto_round:auto_gptq",
+    "autoround:awq": "auto_round:auto_awq",
+    "autoround:auto_awq": "auto_round:auto_awq",
+    "autoround:gptqmodel": "auto_round:gptqmodel",
     "mlx": "auto_round:mlx",
 }
 """Packings by the names that configurations use, where they differ from ours."""
@@ -58,7 +64,7 @@ def described(
     return READERS[method](settings, layers, inside)
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a scheme among others; a float layer's inputs say nothing."""
     found = {key: settings[key] for key in (*WEIGHT_NAMES, *ACT_NAMES) if settings.get(key) is not None}
     if settings.get("weight_group_size") is not None:  # a size that transformers refuses under the usual name
@@ -71,7 +77,7 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _auto_round(settings: Mapping[str, Any], layers: Collection[str], inside: Collection[str]) -> Described:
     # A file that is silent about inputs leaves them alone.
-    base = Scheme.from_flat({"act_bits": FLOAT_BITS, **_flat(settings)})
+    base = Scheme.from_flat({"act_bits": FLOAT_BITS, **flat_settings(settings)})
     extra: Mapping[str, Any] = settings.get("extra_config") or {}
     prefixes = tuple(
         f"{part.strip()}."
@@ -82,11 +88,11 @@ def _auto_round(settings: Mapping[str, Any], layers: Collection[str], inside: Co
     schemes = {}
     for name in layers:
         own = extra.get(name) or next(
-            (v for k, v in extra.items() if _is_pattern(k) and re.search(k, name)), None
+            (v for k, v in extra.items() if is_pattern(k) and re.search(k, name)), None
         )
         covered = name.startswith(prefixes) if prefixes else name in inside
-        schemes[name] = Scheme.from_flat(_flat(own or {}), base) if covered or own else FLOAT
-    named += [("extra_config", key) for key in extra if not _is_pattern(key)]
+        schemes[name] = Scheme.from_flat(flat_settings(own or {}), base) if covered or own else FLOAT
+    named += [("extra_config", key) for key in extra if not is_pattern(key)]
     packing = str(settings.get("packing_format", "auto_round:auto_gptq"))
     integers = all(s.act is None and (s.weight is None or s.weight.dtype == "int") for s in schemes.values())
     name = PACKINGS.get(packing, packing) if integers else SMALL_FLOATS
@@ -96,7 +102,7 @@ def _auto_round(settings: Mapping[str, Any], layers: Collection[str], inside: Co
 
 
 def _gptq(settings: Mapping[str, Any], layers: Collection[str], inside: Collection[str]) -> Described:
-    base = Scheme.from_flat(_flat(settings))
+    base = Scheme.from_flat(flat_settings(settings))
     endings = [
         e
         for part in settings.get("modules_in_block_to_quantize") or []
@@ -118,7 +124,7 @@ def _gptq(settings: Mapping[str, Any], layers: Collection[str], inside: Collecti
 def _awq(settings: Mapping[str, Any], layers: Collection[str], inside: Collection[str]) -> Described:
     if settings.get("version", "gemm") != "gemm":
         raise FormatError(f"version {settings['version']!r} of AWQ is not understood. Known: gemm")
-    base = Scheme.from_flat({**_flat(settings), "sym": not settings.get("zero_point", True)})
+    base = Scheme.from_flat({**flat_settings(settings), "sym": not settings.get("zero_point", True)})
     left = settings.get("modules_to_not_convert") or []
     schemes = {name: FLOAT if any(part in name for part in left) else base for name in layers}
     return Described(format_named("auto_awq"), schemes, tuple(("modules_to_not_convert", n) for n in left))
@@ -214,7 +220,8 @@ READERS: dict[str, Reader] = {
 }
 
 
-def _is_pattern(key: str) -> bool:
+def is_pattern(key: str) -> bool:
+    """Whether a key of `extra_config` is a regular expression and no name."""
     return re.search(r"[*+?^$|\\]", key) is not None
 
 

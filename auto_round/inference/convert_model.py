@@ -18,9 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from auto_round.backends.base import Choice, Kernel, Site, backends, choose
 from auto_round.core.errors import FormatError, SchemeError
-from auto_round.core.scheme import ACT_NAMES, FLOAT_BITS, WEIGHT_NAMES, Scheme
+from auto_round.core.scheme import FLOAT_BITS, Scheme
 from auto_round.core.settings import settings
 from auto_round.formats.base import Format, format_named
+from auto_round.formats.reading import PACKINGS, SMALL_FLOATS, flat_settings, is_pattern
 from auto_round.inference.plain import dequantized
 from auto_round.models import quirks
 from auto_round.models.anatomy import block_lists, is_matrix, shape_of
@@ -29,21 +30,6 @@ from auto_round.models.experts import SavedNames, find_experts
 from auto_round.models.memory import available_memory
 
 logger = logging.getLogger("auto_round")
-
-FLOATS = "auto_round:floats"
-PACKINGS = {
-    "auto_round:gptq": "auto_round:auto_gptq",
-    "auto_round:awq": "auto_round:auto_awq",
-    "auto_round": "auto_round:gptqmodel",
-    "intel/auto-round": "auto_round:auto_gptq",
-    "autoround:gptq": "auto_round:auto_gptq",
-    "autoround:auto_gptq": "auto_round:auto_gptq",
-    "autoround:awq": "auto_round:auto_awq",
-    "autoround:auto_awq": "auto_round:auto_awq",
-    "autoround:gptqmodel": "auto_round:gptqmodel",
-    "mlx": "auto_round:mlx",
-}
-"""Names that configurations use -> our format."""
 
 
 def infer_target_device(device_map: Any = None) -> str:
@@ -166,7 +152,7 @@ def _as_dict(config: Any) -> dict[str, Any]:
 def _format_of(config: Mapping[str, Any], schemes: Iterable[Scheme]) -> Format:
     used = [scheme for scheme in schemes if scheme.weight is not None]
     if any(scheme.act is not None or (scheme.weight and scheme.weight.dtype != "int") for scheme in used):
-        return format_named(FLOATS)
+        return format_named(SMALL_FLOATS)
     packing = str(config.get("packing_format", "auto_round:auto_gptq"))
     if config.get("checkpoint_format") == "gptq_v2":
         packing = "auto_round:gptqmodel"
@@ -177,11 +163,7 @@ def _format_of(config: Mapping[str, Any], schemes: Iterable[Scheme]) -> Format:
 
 def _schemes(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Scheme]:
     """Layer -> scheme, from what a configuration says globally, by name and by expression."""
-    flat = _scheme_part({"act_bits": FLOAT_BITS, **config})
-    if flat.pop("weight_group_size", None) is not None:
-        flat["group_size"] = config[
-            "weight_group_size"
-        ]  # a size that transformers refuses under the usual name
+    flat = flat_settings({"act_bits": FLOAT_BITS, **config})
     if "zero_point" in config:  # how AWQ says it
         flat["sym"] = not config["zero_point"]
     base = Scheme.from_flat(flat)
@@ -203,7 +185,7 @@ def _schemes(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Scheme]:
         if _left_alone((name, stored), inside, config):
             continue
         try:
-            scheme = Scheme.from_flat(_scheme_part(settings_of_layer or {}), base)
+            scheme = Scheme.from_flat(flat_settings(settings_of_layer or {}), base)
             found[name] = _dynamic(name, scheme, config.get("dynamic") or {})
         except SchemeError as error:
             raise FormatError(f"{name}: {error}") from error
@@ -224,23 +206,13 @@ def _extra_config(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[st
     for key, value in extra.items():
         if not isinstance(value, Mapping):
             raise FormatError(f"extra_config {key!r}: expected settings such as {{'bits': 8}}, got {value!r}")
-    patterns = {key: value for key, value in extra.items() if re.search(r"[*+?^$|\\]", key)}
+    patterns = {key: value for key, value in extra.items() if is_pattern(key)}
     for key in patterns:
         try:
             re.compile(key)
         except re.error as error:
             raise FormatError(f"extra_config key {key!r} is no valid regular expression: {error}") from error
     return extra, patterns
-
-
-def _scheme_part(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What `given` says about a scheme; upstream's files say of float layers how their inputs would have been."""
-    known = (*WEIGHT_NAMES, *ACT_NAMES, "weight_group_size")
-    found = {key: given[key] for key in known if given.get(key) is not None}
-    if FLOAT_BITS in (found.get("act_bits"), found.get("bits")):
-        kept = ("act_bits",) if found.get("bits") != FLOAT_BITS else ()
-        found = {key: value for key, value in found.items() if key in kept or key not in ACT_NAMES}
-    return found
 
 
 def _layer_settings(
@@ -283,5 +255,5 @@ def _dynamic(name: str, scheme: Scheme, rules: Mapping[str, Any]) -> Scheme:
     for rule, override in rules.items():
         sign, _, pattern = rule.partition(":") if rule[:2] in ("+:", "-:") else ("+", ":", rule)
         if re.match(pattern, name):
-            return Scheme(weight=None) if sign == "-" else Scheme.from_flat(_scheme_part(override), scheme)
+            return Scheme(weight=None) if sign == "-" else Scheme.from_flat(flat_settings(override), scheme)
     return scheme

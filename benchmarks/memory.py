@@ -1,7 +1,7 @@
 """Planned memory beside measured memory, and a checkpoint that is larger than the limit it is tuned within.
 
-    python benchmarks/memory.py limit [--gigabytes 4.3] [--max-ram 1.4GB]  a checkpoint several times the limit
-    python benchmarks/memory.py planned                                     three models, planned beside measured peaks
+    python benchmarks/memory.py limit [--gigabytes 2.8] [--max-ram 1.4GB]  a checkpoint several times the limit
+    python benchmarks/memory.py planned [--only wide]                       three models, planned beside measured peaks
 
 Models are random, made here block by block. Each job is a process of its own; measured is the largest resident size of
 the whole job (VmHWM), rehearsal and data included. Rows go to `--out` (results/memory.jsonl).
@@ -30,7 +30,7 @@ from auto_round.models.load import skeleton
 HERE = Path(__file__).parent
 VOCAB = 4096
 SHORT = {"nsamples": 4, "seqlen": 32, "batch_size": 1, "iters": 2}
-USUAL = {"nsamples": 16, "seqlen": 128, "batch_size": 8, "iters": 2}
+USUAL = {"nsamples": 8, "seqlen": 64, "batch_size": 4, "iters": 2}
 
 
 def llama(hidden: int, blocks: int) -> transformers.PretrainedConfig:
@@ -76,7 +76,10 @@ def make(folder: Path, config: transformers.PretrainedConfig) -> int:
 def drawn(noise: torch.Tensor, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     """A tensor of `shape` from `noise`, begun at random: drawing gigabytes anew would take longer than tuning them."""
     count, start = shape.numel(), int(torch.randint(len(noise), (), generator=generator))
-    return noise.roll(-start).repeat(-(-count // len(noise)))[:count].reshape(shape).clone()
+    if start + count > len(noise):
+        noise = torch.cat([noise[start:], noise.repeat(-(-count // len(noise)))])
+        start = 0
+    return noise[start : start + count].reshape(shape).clone()
 
 
 def job(model: Path, out: Path, options: dict) -> None:
@@ -118,9 +121,10 @@ def main() -> None:
     )
     parser.add_argument("what", choices=["limit", "planned", "job"])
     parser.add_argument("job", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("--gigabytes", type=float, default=4.3)
+    parser.add_argument("--gigabytes", type=float, default=2.8)
     parser.add_argument("--max-ram", default="1.4GB")
     parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--only", help="one of the three models")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "memory.jsonl")
     options = parser.parse_args()
     if options.what == "job":
@@ -135,10 +139,12 @@ def main() -> None:
         else:
             jobs = [
                 ("novelist-8m", None, {**USUAL, "max_ram": "64GB"}),
-                ("wide", llama(1536, 2), {**USUAL, "quant_lm_head": True, "max_ram": "64GB"}),
+                ("wide", llama(1024, 2), {**USUAL, "quant_lm_head": True, "max_ram": "64GB"}),
                 ("moe", mixture(), {**USUAL, "max_ram": "64GB"}),
             ]
         for title, config, settings in jobs:
+            if options.only not in (None, title):
+                continue
             folder = work / title if config is not None else HERE.parent / "examples" / title
             size = sum(p.stat().st_size for p in folder.glob("*.safetensors")) if config is None else 0
             size = size or make(folder, config)

@@ -16,6 +16,7 @@ from auto_round import AutoRound
 from auto_round.core.errors import DataError
 from auto_round.sources.dataset import Request, load_calibration
 from auto_round.sources.dataset_names import DEFAULT_DATASET, KNOWN, known
+from auto_round.sources.dataset_spec import parse_spec
 from auto_round.sources.self_text import Author, sample_tokens
 
 CHAT = [{"role": "user", "content": LONG[0]}, {"role": "assistant", "content": LONG[1]}]
@@ -75,6 +76,20 @@ def hub(monkeypatch):
 
 def test_every_registered_data_set_has_a_stand_in():
     assert {one.names[0] for one in KNOWN} == set(SCHEMAS) and known(DEFAULT_DATASET)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NeelNanda/pile-10k", "swift/pile-val-backup", "BAAI/CCI3-HQ", "codeparrot/github-code-clean",
+        "HuggingFaceH4/ultrachat_200k", "madao33/new-title-chinese", "mbpp", "openbmb/Ultra-FineWeb",
+        "NeelNanda/pile-10k:train", "NeelNanda/pile-10k:concat=True", "NeelNanda/pile-10k:apply_chat_template",
+        'NeelNanda/pile-10k:apply_chat_template:system_prompt="You are a helpful assistant."',
+        "NeelNanda/pile-10k:num=256,mbpp:num=128",
+    ],
+)  # fmt: skip
+def test_every_line_of_the_guide_names_a_registered_data_set(text):
+    assert all(known(part.name) for part in parse_spec(text))
 
 
 @pytest.mark.parametrize("one", KNOWN, ids=lambda one: one.names[0])

@@ -41,6 +41,7 @@ from auto_round.sources.blocks import LiveSource
 from auto_round.sources.dataset import Calibration
 from auto_round.sources.live_block import Execution
 from auto_round.sources.tensors import TensorSource
+from auto_round.spread import spread
 from auto_round.steps.base import Step
 
 logger = logging.getLogger("auto_round")
@@ -181,6 +182,11 @@ class AutoRound:
             passes = []
             steps = [self.steps(plan) for plan in plans]
             source = self._source(steps[0])
+            if self.options.distributed is not None and not isinstance(source, TensorSource):
+                raise PlanError(
+                    f"distributed={self.options.distributed!r}: only streams are spread over machines, and this job "
+                    "runs the model; use model_free=True (--model_free), or iters=0 with disable_opt_rtn=True"
+                )
             for group, plan, its in zip(groups, plans, steps):
                 about = None
                 if isinstance(source, TensorSource):
@@ -258,6 +264,9 @@ class AutoRound:
     def _stream(self, source: TensorSource, passes: Sequence[Pass]) -> None:
         for observer in self.observers:
             observer.started(passes[0].plan, self._block_count(passes))
+        if self.options.distributed is not None:
+            spread(self.material, source, passes, self.observers)
+            return
         streamed = []
         for each in passes:
             writers = [w if isinstance(w, CheckpointWriter) else Locked(w) for w in each.writers]

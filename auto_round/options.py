@@ -75,6 +75,7 @@ class Options:
     model_free: bool = False
     disable_model_free: bool = False
     workers: int | None = None
+    distributed: str | None = None
     format: str | None = None
     resume: bool = False
     max_shard_size: str | int = "5GB"

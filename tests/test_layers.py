@@ -22,6 +22,7 @@ ORDER = [
     "assembly",
     "material",
     "outputs",
+    "spread",
     "api",
     "compat",
     "cli",

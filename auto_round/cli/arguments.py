@@ -213,6 +213,9 @@ class Machine:
     workers: Annotated[Number, _flag("workers", help="Layers streamed at a time; default: one per core.")] = (
         None
     )
+    distributed: Annotated[
+        Text, _flag("distributed", help="Stream on a Ray cluster: ray://host:10001, host:6379 or auto.")
+    ] = None
 
 
 @Parameter(name="*", group=Group("Not there yet", sort_key=9))

@@ -34,6 +34,17 @@ class Plan(Mapping[str, Scheme]):
         self.why = MappingProxyType(dict(why or {}))
         self.notes = tuple(notes)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # For other processes: the views themselves cannot be pickled.
+        return _restored, (
+            dict(self._schemes),
+            dict(self.shapes),
+            self.base,
+            self.fused,
+            dict(self.why),
+            self.notes,
+        )
+
     def __getitem__(self, name: str) -> Scheme:
         return self._schemes[name]
 
@@ -92,3 +103,15 @@ class Plan(Mapping[str, Scheme]):
     def flat(self) -> dict[str, dict[str, object]]:
         """Layer -> flat settings, the form users get back as `layer_config`."""
         return {name: scheme.to_flat() for name, scheme in self.items()}
+
+
+def _restored(
+    schemes: Mapping[str, Scheme],
+    shapes: Mapping[str, tuple[int, int]],
+    base: Scheme,
+    fused: Iterable[frozenset[str]],
+    why: Mapping[str, str],
+    notes: Iterable[str],
+) -> Plan:
+    """A plan that came from another process."""
+    return Plan(schemes, shapes=shapes, base=base, fused=fused, why=why, notes=notes)

@@ -3,14 +3,14 @@ into place. A folder is complete or it is not there."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
-from collections.abc import Collection, Container, Mapping
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Container, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,25 +23,17 @@ from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import TensorSpec
 from auto_round.formats.base import Format, Provenance, planned_tensors
 from auto_round.jobs import folders
+from auto_round.jobs.accounts import Account, Written, digest
 from auto_round.jobs.ledger import LEDGER, Ledger
 from auto_round.jobs.verify import inspect
 from auto_round.models.checkpoint import Checkpoint, TensorInfo
 from auto_round.models.experts import ExpertStore, FusedTensors
-from auto_round.models.shards import ShardWriter, checksum, raw_bytes
+from auto_round.models.shards import ShardWriter, checksum
 from auto_round.models.subject import Subject
 
 logger = logging.getLogger("auto_round")
 STAGING = ".auto_round_partial"
 SAMPLED = 16
-
-
-@dataclass(slots=True)
-class Account:
-    """What became of every tensor of the source."""
-
-    copied: list[str] = field(default_factory=list)
-    replaced: list[str] = field(default_factory=list)
-    added: list[str] = field(default_factory=list)
 
 
 class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
@@ -77,6 +69,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         self._rewritten: dict[str, int] = {}
         self._ledger, self._kinds, self._copied = ledger, set[object](), set[str]()
         self._fused: FusedTensors | None = None
+        self._tensors: dict[str, list[str]] = {}  # layer -> its tensors, also those that lie in fused ones
         self._cache = dict(cache or {})
         scales = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in self._cache.items()}
         self._shards = ShardWriter(self._staging, {**self._infos(), **scales}, max_shard_bytes)
@@ -106,6 +99,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             ).items():
                 name = f"{prefix}.{suffix}"
                 made.add(name)
+                self._tensors.setdefault(layer, []).append(name)
                 tensor = self._as_stored(layer, suffix, tensor)
                 infos[name] = TensorInfo(
                     dtype if self._plain(suffix) and dtype else tensor.dtype, tuple(tensor.shape)
@@ -204,6 +198,48 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             raise OutputError(f"output folder {self.folder} cannot be written: {error}") from error
         self._copied.add(stored)
         self._rewritten[stored] = checksum(tensor)
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Inside, `add` and `copy` fill files that another process has laid out and will publish."""
+        if not self._staging.is_dir():
+            raise OutputError(
+                f"{self._staging} is not there on {platform.node()}: a run on several machines needs an output "
+                "folder that all of them see under the same path"
+            )
+        with self._shards.attached():
+            yield
+
+    def written_of(self, layers: Collection[str], copied: Collection[str]) -> Written:
+        """The account of `layers` and `copied`, for the process that publishes the files."""
+        digests = {name: self._digests[name] for name in layers if name in self._digests}
+        return Written({name: self._written[name] for name in layers}, digests, tuple(copied))
+
+    def absorb(self, work: Written) -> None:
+        """Another process has put this in its places."""
+        for name, sums in work.sums.items():
+            self._written[name] = sums
+            self._shards.written(self._stored_in(full) for full in sums)
+            if self._ledger is not None and all(full in self._shards.infos for full in sums):
+                self._ledger.add(name, sums)
+        self._digests.update(work.digests)
+        self._copied.update(work.copied)
+        self._shards.written(work.copied)
+
+    def files_of(self, layer: str) -> set[str]:
+        """The files that the tensors of `layer` go to."""
+        return {self._shards.file_of(self._stored_in(name)) for name in self._tensors[layer]}
+
+    def file_of_copy(self, name: str) -> str:
+        """The file that the tensor `name`, which stays as it is, goes to."""
+        return self._shards.file_of(name)
+
+    def _stored_in(self, name: str) -> str:
+        """The tensor of the file that has `name`: itself, or the fused one that it lies in."""
+        store = self.subject.files.store
+        if name in self._shards.infos or not isinstance(store, ExpertStore):
+            return name
+        return store.pieces[name].tensor
 
     def _is_sample(self, q: Quantized) -> bool:
         kind, known = (q.spec, q.shape), len(self._kinds)
@@ -365,12 +401,3 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         prefix = {name: self.subject.stored_name(name) for name in layers if name in self._written}
         for finding in inspect(self.folder, self.subject.anatomy, prefix):
             logger.warning("%s", finding)
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of names, dtypes, shapes and bytes."""
-    state = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        state.update(f"{name.rsplit('.', 1)[-1]} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        state.update(raw_bytes(tensors[name]))
-    return state.hexdigest()

@@ -121,7 +121,7 @@ def stream(
         for step in each.steps:
             step.prepare(source, each.plan)
     work: list[Unit | Callable[[], None]] = list(work_of(source, passes))
-    progress = _Progress([unit for unit in work if isinstance(unit, Unit)], observers)
+    progress = Progress([unit for unit in work if isinstance(unit, Unit)], observers)
     writers = [writer for each in passes for writer in each.writers]
     work += [_copying(writer, name) for writer in writers for name in writer.to_copy()]
 
@@ -129,10 +129,7 @@ def stream(
         if not isinstance(piece, Unit):
             piece()
             return None
-        seen = _Seen()
-        first, *others = (each.part(piece) for each in passes)
-        quantize(One(source, piece), first.plan, first.steps, first.writers, [seen], others)
-        return seen.result
+        return run_unit(source, passes, piece)
 
     def announce(piece: Unit | Callable[[], None]) -> None:
         if isinstance(piece, Unit):
@@ -142,6 +139,14 @@ def stream(
     for result in in_threads(do, work, workers=workers, upcoming=announce):
         if result is not None:
             progress.add(result)
+
+
+def run_unit(source: TensorSource, passes: Sequence[StreamPass], unit: Unit) -> BlockResult | None:
+    """Quantize the layers of `unit` and hand them to the writers of `passes`."""
+    seen = _Seen()
+    first, *others = (each.part(unit) for each in passes)
+    quantize(One(source, unit), first.plan, first.steps, first.writers, [seen], others)
+    return seen.result
 
 
 def _copying(writer: StreamWriter, name: str) -> Callable[[], None]:
@@ -161,7 +166,7 @@ class _Seen:
         self.result = result
 
 
-class _Progress:
+class Progress:
     """Tells observers of a block when the last of its units is done."""
 
     def __init__(self, work: Sequence[Unit], observers: Sequence[Observer]) -> None:

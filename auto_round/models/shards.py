@@ -12,7 +12,8 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -131,6 +132,18 @@ class ShardWriter:
             self._close()
             raise
         return self
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Inside, this fills files that another process has laid out from the same plan and will close."""
+        try:
+            for shard in self.shards:
+                self._files[shard.file] = os.open(self.folder / shard.file, os.O_WRONLY)
+            yield
+            for file in self._files.values():
+                os.fsync(file)  # what is reported as written must outlive this machine
+        finally:
+            self._close()
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Write `tensor` in its place. Raises ValueError when dtype or shape are not the planned ones."""

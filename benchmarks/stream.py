@@ -195,6 +195,7 @@ def run(
         if peer and not scheme.endswith("-opt") and not scheme.startswith(("gguf", "FP8")):
             jobs[f"{scheme}, upstream"] = [peer, str(theirs), str(source), str(work), scheme, "0"]
     results: dict[str, list[dict[str, float]]] = {name: [] for name in jobs}
+    about = {"torch": torch.__version__, "cores": os.cpu_count(), "source_bytes": size}
     for turn in range(rounds):
         names = list(jobs)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
@@ -206,9 +207,9 @@ def run(
             except SystemExit as error:
                 results[name].append({"error": str(error)[-600:]})
             print(name, results[name][-1], flush=True)
+            # After every run: what was measured stays when a later one is broken off.
+            out.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
     shutil.rmtree(work, ignore_errors=True)
-    about = {"torch": torch.__version__, "cores": os.cpu_count(), "source_bytes": size}
-    out.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
 
 
 def main() -> None:

@@ -37,9 +37,9 @@ class Recipe:
 RECIPES = {
     "default": Recipe(),
     "best": Recipe(iters=1000, nsamples=512),
-    "light": Recipe(iters=50, lr=5e-3),
+    "light": Recipe(iters=50, lr=5e-3),  # the guide's rate, a quarter of 1 / iters
     "opt_rtn": Recipe(iters=0),
-    "rtn": Recipe(iters=0, nsamples=0, disable_opt_rtn=True),
+    "rtn": Recipe(iters=0, nsamples=0, disable_opt_rtn=True),  # no samples: nothing would look at them
 }
 
 

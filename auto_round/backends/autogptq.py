@@ -32,7 +32,7 @@ class AutoGptq(Backend):
         assert isinstance(module, LibraryLinear), "built by this backend"
         library: Any = importlib.import_module(f"auto_gptq.nn_modules.qlinear.{self.module}")
         q, spec = module.checked(), module.site.spec
-        size = group_size(q.shape, spec.group)
+        size = group_size(q.shape, spec.group)  # the row, where one group is all of it
         tensors = write_gptq(q, zero_offset=1)
         # Its kernels look the group of a column up, also where groups are runs.
         tensors["g_idx"] = (torch.arange(q.shape[1], device=q.codes.device) // size).to(torch.int32)

@@ -30,7 +30,7 @@ class Plan(Mapping[str, Scheme]):
         # Copies behind read-only views: whoever made the plan cannot change it afterwards either.
         self.shapes = MappingProxyType({name: shapes[name] for name in schemes})
         self.base = base
-        self.fused = tuple(fused)
+        self.fused = tuple(fused)  # may be a generator, and is read more than once
         self.why = MappingProxyType(dict(why or {}))
         self.notes = tuple(notes)
 

@@ -56,7 +56,7 @@ class FP8(Format):
 
     def read(self, tensors: Mapping[str, Tensor], spec: TensorSpec, shape: tuple[int, int]) -> Quantized:
         """The inverse of `write`. Raises FormatError when a tensor does not fit."""
-        if SCALE not in tensors:
+        if SCALE not in tensors:  # under the name that the file has, not the one `read_elements` knows
             raise FormatError(f"tensor {SCALE} is missing; this layer needs weight, {SCALE}")
         return read_elements({"weight": tensors["weight"], "weight_scale": tensors[SCALE]}, spec, shape)
 

@@ -66,7 +66,7 @@ def compare(
     # float64: a million small float32 terms would round one another away.
     sums = torch.zeros(4, dtype=torch.float64)
     for window in tokens.split(4):
-        a = first(input_ids=window).logits[:, :-1].float().log_softmax(-1)
+        a = first(input_ids=window).logits[:, :-1].float().log_softmax(-1)  # the last token has no successor
         b = second(input_ids=window).logits[:, :-1].float().log_softmax(-1)
         following = window[:, 1:].unsqueeze(-1)
         sums += torch.stack([

@@ -44,6 +44,7 @@ def kv_heads(config: Config) -> int:
 
 def _rotary_pairs(rows: int, count: int) -> Tensor:
     """Halves of each head interleaved: llama.cpp rotates neighbours, transformers rotates value i with i + half."""
+    # A head of 4: rows 0 1 | 2 3 of the checkpoint become 0 2 1 3 of the file.
     return torch.arange(rows).view(count, 2, -1).transpose(1, 2).reshape(-1)
 
 
@@ -57,6 +58,7 @@ def _key_rows(rows: int, config: Config) -> Tensor:
 
 def _per_head_qkv(rows: int, config: Config) -> Tensor:
     """(head, q k v, value) to (q k v, head, value)."""
+    # Two heads of one value: q0 k0 v0 q1 k1 v1 become q0 q1 k0 k1 v0 v1.
     return torch.arange(rows).view(heads(config), 3, -1).transpose(0, 1).reshape(-1)
 
 

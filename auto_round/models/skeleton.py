@@ -51,6 +51,7 @@ class Located:
             tensor = self.store.get(self.names[name])
             self._check(name, tuple(tensor.shape), like)
             return tensor.to(dtype)
+        # One expert after the other into its place, so that the checkpoint's matrices are never all in memory twice.
         fused = torch.empty(like.shape, dtype=dtype)
         for stored, piece in self.pieces[name].items():
             piece.of(fused).copy_(self.store.get(stored))

@@ -63,7 +63,7 @@ class GptqModel(Backend):
             bits=spec.bits,
             group_size=spec.group,
             sym=spec.sym,
-            desc_act=False,
+            desc_act=False,  # our groups are runs of neighbours
             in_features=module.in_features,
             out_features=module.out_features,
             bias=module.bias is not None,

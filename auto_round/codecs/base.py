@@ -223,7 +223,7 @@ def presets() -> dict[str, Scheme]:
 def preset(name: str) -> Scheme:
     """The scheme called `name`, in any case. Raises SchemeError with the nearest known name."""
     known = presets()
-    key = name.strip().upper()
+    key = name.strip().upper()  # presets are written in capitals only
     if key in known:
         return known[key]
     raise SchemeError(f"scheme {name!r} is unknown.{nearest(name, known)} Available: {', '.join(known)}")

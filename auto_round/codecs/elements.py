@@ -99,6 +99,7 @@ class ElementCodec(Codec):
         def fake_weight(knobs: Knobs) -> Tensor:
             every = {**fixed, **knobs}
             scale = self.multiplier(self.grid(largest, spec, every))
+            # The same operations in the same order as quantize and dequantize, so that both agree bit for bit.
             return merge(scaled(groups, scale, every.get("round"), element), shape, spec.group)
 
         return fake_weight

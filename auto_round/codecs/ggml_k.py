@@ -289,7 +289,7 @@ class Q6_K(KQuant):
 
     def packed(self, codes: Tensor, params: Mapping[str, Tensor]) -> list[Tensor]:
         """low bits (of each 128, value l and value l + 64 share a byte), high bits, scales, d."""
-        pairs = (codes & 0xF).view(-1, 2, 2, 64)
+        pairs = (codes & 0xF).view(-1, 2, 2, 64)  # other strides than q4 and q5, which go by 32
         low = (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).reshape(-1, 128)
         return [low, _crumbs(codes >> 4), params["sub_scale"].view(BYTE), params["scale"]]
 

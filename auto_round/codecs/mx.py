@@ -95,6 +95,7 @@ class Microscaling(ElementCodec):
 def _dialect(spec: TensorSpec) -> tuple[str, bool]:
     """(element, scale rounded up) of "e5m2", "rceil" or "e5m2_rceil"."""
     words = spec.variant.split("_")
+    # "rceil" speaks of the scale and may stand beside an element: "e5m2_rceil".
     return "_".join(word for word in words if word != "rceil"), "rceil" in words
 
 

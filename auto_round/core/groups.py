@@ -16,7 +16,7 @@ def _block(shape: tuple[int, int], group: tuple[int, int]) -> tuple[int, int]:
     """Sides of a block, cut to the matrix. Raises SchemeError for sides below 1."""
     if len(group) != 2 or min(group) < 1:
         raise SchemeError(f"group size {group!r} is not possible: a block has two positive sides")
-    return min(group[0], shape[0]), min(group[1], shape[1])
+    return min(group[0], shape[0]), min(group[1], shape[1])  # DeepSeek's 128 x 128 on a matrix of 96 rows
 
 
 def group_size(shape: tuple[int, int], group: Group) -> int:
@@ -74,6 +74,7 @@ def merge(groups: Tensor, shape: tuple[int, int], group: Group) -> Tensor:
     if isinstance(group, tuple):
         rows, columns = _block(shape, group)
         blocks = groups.reshape(-1, groups_per_row(shape, group), rows, columns).transpose(1, 2)
+        # Padding was below and on the right.
         return blocks.flatten(2, 3).flatten(0, 1)[: shape[0], : shape[1]]
     if group == 0:
         return groups.reshape(shape)

@@ -17,7 +17,7 @@ from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import TensorSpec
 
 AWQ_NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # column held by each nibble of a word, lowest nibble first
-AWQ_BITS = 4
+AWQ_BITS = 4  # the gemm kernels have no other width
 
 
 def middle(spec: TensorSpec) -> int:

@@ -203,7 +203,7 @@ class Best:
         # Padding has no input: zero rows and columns leave its errors out of the sum.
         gram = torch.nn.functional.pad(gram, (0, missing, 0, missing))
         weights = self.groups.reshape(shape[0], columns, size)
-        scales = self.scale.reshape(shape[0], columns, 1).clone()
+        scales = self.scale.reshape(shape[0], columns, 1).clone()  # the caller's stay as they are
         error = (self.element.near(weights / scales) * scales - weights).flatten(1)
         for j in [*range(columns)] * GRAM_SWEEPS:
             here = slice(j * size, (j + 1) * size)

@@ -15,7 +15,7 @@ from typing import Any
 from auto_round.core.errors import NotYetError, SchemeError, nearest
 from auto_round.core.spelling import scale_dtype_of, spell, spelled
 
-FLOAT_BITS = 16
+FLOAT_BITS = 16  # from so many on, a layer is left alone: upstream's word for it is bits 16
 SCALE_DTYPES = {
     "fp16": "float16",
     "float16": "float16",

@@ -87,7 +87,7 @@ def _quote_bare_words(text: str) -> str:
 
 
 def _json_value(word: str) -> str:
-    bare = word.strip().strip("'\"")
+    bare = word.strip().strip("'\"")  # shells and copied Python leave quotes of either kind
     if not bare:
         return ""
     if bare.casefold() in ("true", "false", "none", "null"):

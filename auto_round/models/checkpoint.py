@@ -263,7 +263,7 @@ def _shards(folder: Path) -> dict[str, set[str] | None]:
         names = sorted(path.name for path in folder.glob("*.safetensors"))
         if not names:
             raise ModelError(f"{folder}: no safetensors weights found")
-        return dict.fromkeys(names)
+        return dict.fromkeys(names)  # None: nobody says what each holds, so every tensor counts
     shards: dict[str, set[str] | None] = {}
     for tensor, name in read_index(folder / INDEX).items():
         found = shards.setdefault(name, set())

@@ -16,7 +16,7 @@ from auto_round.core.errors import ModelError
 from auto_round.models.gguf_tokenizer import BYTE, CONTROL, KNOWN, SPECIAL, UNKNOWN, UNUSED, USER_DEFINED
 
 logger = logging.getLogger("auto_round")
-SPACE = "\u2581"
+SPACE = "\u2581"  # how SentencePiece writes a space inside a token
 SAME_CUTS = {
     "default": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe", "llama-v3.2": "llama-bpe",
     "falcon3": "llama-bpe",
@@ -71,7 +71,7 @@ def _about(values: Values) -> dict[str, Any]:
 def _number(values: Values, name: str) -> int | None:
     """Number of the special token `name`. Raises ModelError for one that is no token."""
     number = values.get(f"tokenizer.ggml.{name}_token_id")
-    if number is None or number == 0xFFFFFFFF:
+    if number is None or number == 0xFFFFFFFF:  # llama.cpp's "there is none"
         return None
     count = len(values.get("tokenizer.ggml.tokens") or [])
     if not 0 <= number < count:

@@ -64,7 +64,7 @@ def plan_shards(infos: Mapping[str, TensorInfo], max_bytes: int) -> list[Shard]:
     for _, members in groupby(sorted(infos, key=natural), lambda name: name.rpartition(".")[0] or name):
         names = list(members)
         size = sum(infos[name].nbytes for name in names)
-        if groups[-1] and filled + size > max_bytes:
+        if groups[-1] and filled + size > max_bytes:  # a layer larger than the limit gets a file of its own
             groups.append([])
             filled = 0
         groups[-1] += names
@@ -200,7 +200,7 @@ class ShardWriter:
             raise ValueError(
                 f"{len(self._missing)} planned tensors were never written, first {min(self._missing)}"
             )
-        if len(self.shards) > 1:
+        if len(self.shards) > 1:  # readers of a single file look for no index
             index = {
                 "metadata": {"total_size": sum(info.nbytes for info in self.infos.values())},
                 "weight_map": {name: self._shard_of[name].file for name in sorted(self.infos, key=natural)},

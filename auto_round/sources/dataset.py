@@ -132,7 +132,7 @@ def _interleave(parts: Sequence[tuple[Part, _Samples]], request: Request) -> _Sa
     """Each part's own number of samples, or an equal share of what is left; shuffled by the seed."""
     fixed = sum(part.num or 0 for part, _ in parts)
     open_parts = [part for part, _ in parts if part.num is None]
-    share = -(-max(0, request.nsamples - fixed) // max(1, len(open_parts)))
+    share = -(-max(0, request.nsamples - fixed) // max(1, len(open_parts)))  # rounded up: the surplus is cut
     rows = [
         row for part, found in parts for row in found.kept[: part.num or (share if len(parts) > 1 else None)]
     ]

@@ -36,7 +36,7 @@ class _Ranges(DynamicCache):
         if self.valid is not None:
             # Padding may be far out, and a server never stores it.
             states = states.transpose(1, 2)[self.valid.to(states.device)]
-        return states.abs().amax().float().cpu()
+        return states.abs().amax().float().cpu()  # one number per layer: nothing stays on the device
 
 
 @torch.inference_mode()
@@ -70,6 +70,7 @@ def _attention(model: nn.Module) -> dict[int, str]:
     """Index of a layer in the cache -> name of its attention module."""
     found = {}
     for name, module in model.named_modules():
+        # transformers numbers attention modules so, and the cache goes by that number.
         index = vars(module).get("layer_idx")
         if isinstance(index, int) and "att" in name.rsplit(".", 1)[-1]:
             found[index] = name

@@ -84,6 +84,7 @@ class OutsideBlock(Block):
     def _apply(self, hidden: Tensor, weight: Tensor) -> Tensor:
         x = hidden.to(self._execution.device)
         with self._execution.autocast():
+            # No bias: it is the same on both sides of a loss.
             return nn.functional.linear(x, weight.float()).float()
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ class StoredWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._layers:
             raise KeyError(name)
+        # One matrix at a time: a block of a large model would be gigabytes.
         if self._last is None or self._last[0] != name:
             self._last = None  # free it first
             self._last = name, self._source.read(name)
@@ -70,6 +71,7 @@ class TensorSource(Source):
     def members(self, wanted: Iterable[str]) -> dict[str, list[str]]:
         """Block -> its layers among `wanted`, in model order; a layer outside the blocks is one of its own."""
         names = set(wanted)
+        # Blocks without a wanted layer too: observers count them.
         members: dict[str, list[str]] = {block: [] for blocks in self.anatomy.block_lists for block in blocks}
         for name, layer in self.anatomy.layers.items():
             if name in names:

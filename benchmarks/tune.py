@@ -5,13 +5,15 @@
 
 The first side is ours, the second the one it is compared with. Both run their own command line with the same number of
 threads, 128 samples of 512 tokens and the default recipe; ours also with fewer steps. Rows are kept in the results
-file, so the same command goes on where it stopped. Memory is the peak above that of importing the package.
+file, so the same command goes on where it stopped; `--table` only prints what the rows say.
+Memory is the peak above that of importing the package.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -34,16 +36,21 @@ def import_peak(python: str) -> int:
     return usage.ru_maxrss * 1024
 
 
+def mean_row(rows: list[dict], side: str, scheme: str, recipe: str) -> dict:
+    """One row with the means over the seeds of what was measured."""
+    cells = [r for r in rows if (r["side"], r["scheme"], r["recipe"]) == (side, scheme, recipe)]
+    measured = ("kl", "wall_seconds", "cpu_seconds", "peak_gb")
+    return {"side": side, **{key: statistics.mean(r[key] for r in cells) for key in measured}}
+
+
 def ratios(
     rows: list[dict], scheme: str, names: list[str], imports: dict[str, int]
 ) -> dict[str, float | None]:
-    """Ours over the other's for every goal; None where no run of ours can tell."""
+    """Ours over the other's for every goal, means over the seeds; None where no run of ours can tell."""
     first, second = names
-    mine = [r for r in rows if r["side"] == first and r["scheme"] == scheme]
-    full = next(r for r in mine if r["recipe"] == "default")
-    other = next(
-        r for r in rows if r["side"] == second and r["scheme"] == scheme and r["recipe"] == "default"
-    )
+    recipes = dict.fromkeys(r["recipe"] for r in rows if r["side"] == first and r["scheme"] == scheme)
+    mine = [mean_row(rows, first, scheme, recipe) for recipe in recipes]
+    full, other = mean_row(rows, first, scheme, "default"), mean_row(rows, second, scheme, "default")
     as_good = [r["cpu_seconds"] for r in mine if r["kl"] <= other["kl"]]
     in_time = [r["kl"] for r in mine if r["cpu_seconds"] <= other["cpu_seconds"]]
     above = [r["peak_gb"] * 1e9 - imports[r["side"]] for r in (full, other)]
@@ -69,7 +76,7 @@ def main() -> None:
     )
     if len(args.side) != 2:
         raise SystemExit(f"give --side twice, ours first; got {args.side}")
-    for seed in args.seeds:
+    for seed in () if args.table else args.seeds:
         for scheme in args.schemes:
             for recipe in args.recipes:
                 for side in args.side if recipe == "default" else args.side[:1]:

@@ -139,7 +139,11 @@ def main() -> None:
         else:
             jobs = [
                 ("novelist-8m", None, {**USUAL, "max_ram": "64GB"}),
-                ("wide", llama(1024, 2), {**USUAL, "quant_lm_head": True, "max_ram": "64GB"}),
+                (
+                    "wide",
+                    llama(1024, 2),
+                    {**USUAL, "quant_lm_head": True, "start": "search", "max_ram": "64GB"},
+                ),
                 ("moe", mixture(), {**USUAL, "max_ram": "64GB"}),
             ]
         for title, config, settings in jobs:

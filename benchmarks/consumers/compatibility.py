@@ -82,6 +82,7 @@ def _cells() -> list[Cell]:
 
 
 CELLS = _cells()
+NOTES = (HERE / "notes.md").read_text().splitlines()
 
 
 @dataclass(frozen=True)
@@ -250,10 +251,12 @@ def outcome(work: Path, venvs: Path, reader: Reader, model: str, cell: Cell) -> 
     whole = compared(work, reader, name)
     if not cell.inputs or whole.partition(" ")[0] in ("not", "refused:", "died:"):
         return whole
+    if " bfloat16" in whole:
+        own = compared(work, Reader("reference", "", "", (), ""), f"{name}-16", name).partition(" ")[0]
+        whole = f"{whole} next to {own} of ours"
     if reader.name == "compressed-tensors":
         return f"weights {alone}; inputs as servers {whole}, by its rule {compared(work, reader, name, f'{name}-rule')}"
-    own = compared(work, Reader("reference", "", "", (), ""), f"{name}-16", name)
-    return f"{whole}; ours in bfloat16 {own.partition(' ')[0]}" if reader.how == "vllm" else whole
+    return whole
 
 
 def compared(work: Path, reader: Reader, name: str, against: str = "") -> str:
@@ -281,9 +284,10 @@ def write_report(work: Path, venvs: Path, models: list[str], cells: list[Cell], 
         "float32 model, checked with `auto-round verify`, and loaded by its readers. A number is the divergence",
         "(nats per token) of the reader's distributions from those of our dequantized weights in float32, and the type",
         f"the reader computed in; at most {FLOAT32_LIMIT:g} in float32 and {KERNEL_LIMIT:g} in 16-bit kernels count as",
-        "the same model, and (*) marks what is beyond. Where inputs are quantized, a reader finds their scales by a",
-        "rule of its own at run time; there the stored weights are compared alone too, under settings that leave",
-        "inputs in floating point. GPTQ and AWQ layouts are in [results.md](../benchmarks/consumers/results.md).",
+        "the same model, and (*) marks what is beyond. GPTQ and AWQ layouts are in",
+        "[results.md](../benchmarks/consumers/results.md).",
+        "",
+        *NOTES,
     ]
     for model in models:
         lines += ["", f"## {model}", ""]

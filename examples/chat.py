@@ -10,12 +10,12 @@ def main() -> None:
     """Read a line, answer it, remember both."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
-    parser.add_argument("--backend", default="auto", help="one of `auto-round list backend`")
+    parser.add_argument("--backend", help="one of `auto-round list backend`; the best one otherwise")
     parser.add_argument("--tokens", type=int, default=200, help="longest answer")
     given = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(given.folder)
-    config = AutoRoundConfig(backend=given.backend)
-    model = AutoModelForCausalLM.from_pretrained(given.folder, quantization_config=config, dtype="auto")
+    chosen = {"quantization_config": AutoRoundConfig(backend=given.backend)} if given.backend else {}
+    model = AutoModelForCausalLM.from_pretrained(given.folder, dtype="auto", **chosen)
     messages: list[dict[str, str]] = []
     while line := input("> ").strip():
         messages.append({"role": "user", "content": line})

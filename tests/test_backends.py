@@ -149,6 +149,21 @@ def test_gradients_reach_the_inputs(name, sym):
     assert (x.grad.double() - want).norm() <= 1e-5 * want.norm()
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_many_rows_go_through_the_matrix_library_and_agree(bits, dtype):
+    for group, sym, rows in ((32, False, 256), (-1, True, 300)):
+        spec = TensorSpec(bits=bits, group=group, sym=sym)
+        site = site_of(spec, (96, 160), fmt="auto_round:gptqmodel", dtype=dtype, bias=dtype)
+        q = random_quantized(spec, (96, 160))
+        module = layer(usable("cpu", site), site, q)
+        x = inputs(rows, 160, dtype)
+        want = exact(q, x, module.bias)
+        assert (module(x).double() - want).norm() <= TOLERANCE[dtype] * want.norm()
+        few = module(x[:7])  # these are summed as integers
+        assert (few.double() - want[:7]).norm() <= TOLERANCE[dtype] * want[:7].norm()
+
+
 @pytest.mark.parametrize("rows", [0, 1, 5])
 def test_odd_shapes_and_hostile_inputs_of_the_cpu_kernels(rows):
     spec = TensorSpec(bits=4, group=-1)

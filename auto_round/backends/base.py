@@ -100,7 +100,9 @@ class Kernel(nn.Module):
         self.in_features, self.out_features = site.shape[1], site.shape[0]
         self.transposed = False  # whether the plain layer held its weight as (I, O)
         # From the format's own `write` on meta tensors: no table of buffers that could differ from the file.
-        for suffix, tensor in planned_tensors(site.format, site.spec, site.shape, site.act).items():
+        planned = planned_tensors(site.format, site.spec, site.shape, site.act)
+        self._planned = {suffix: tensor.dtype for suffix, tensor in planned.items()}
+        for suffix, tensor in planned.items():
             self.register_buffer(suffix, torch.empty_like(tensor))
         self.packed = tuple(name for name, _ in self.named_buffers())
         bias = None if site.bias is None else torch.empty(site.shape[0], dtype=site.bias, device="meta")
@@ -119,8 +121,15 @@ class Kernel(nn.Module):
     def checked(self) -> Quantized:
         """`quantized`, after loading. Raises FormatError naming the layer for missing or damaged tensors."""
         for name in self.packed:
-            if self.get_buffer(name).device.type == "meta":
+            tensor, wanted = self.get_buffer(name), self._planned[name]
+            if tensor.device.type == "meta":
                 raise FormatError(f"{self.site.name}.{name} is missing from the checkpoint")
+            # transformers casts floats to the planned type; bit fields of another width would be read as other codes.
+            if tensor.dtype != wanted and not (tensor.is_floating_point() and wanted.is_floating_point):
+                raise FormatError(
+                    f"{self.site.name}.{name} is {tensor.dtype}, {self.site.format.name} stores {wanted}: "
+                    "the checkpoint is damaged or of another format"
+                )
         try:
             q = self.quantized()
         except AutoRoundError as error:

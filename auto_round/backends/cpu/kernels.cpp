@@ -1,4 +1,4 @@
-// y = x W' + b for packed integer weights, x in floating point. One file, compiled on first use by build.py.
+// y = x W' + b for packed integer weights, x in floating point. Compiled on first use by build.py.
 //
 // Inputs become fixed point: per row and block of at most 128 columns, x = scale * (l0 + 256 l1 + 65536 l2) with signed
 // bytes l ("limbs"). Three limbs hold a float32 to 2^-23 of the block's largest value, two limbs a bfloat16 or float16 to
@@ -7,188 +7,22 @@
 // Weights lie in tiles of 8 rows. A unit is 32 columns of a tile: eight vectors of 32 bytes, vector q holding columns
 // 4q .. 4q+3 of each row, row after row. Several vectors share a byte: see Unit. layout.py writes this order.
 #include <ATen/Parallel.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <cmath>
-#include <cstdint>
 #include <vector>
 
-#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(AUTO_ROUND_PLAIN)
-#define HAS_AVX2 1
-#include <immintrin.h>
-#endif
-#if defined(HAS_AVX2) && defined(__AVX512VNNI__) && defined(__AVX512VL__)
-#define HAS_VNNI 1
-#define DOT _mm256_dpbusd_epi32
-#elif defined(HAS_AVX2) && defined(__AVXVNNI__)
-#define HAS_VNNI 1
-#define DOT _mm256_dpbusd_avx_epi32
-#endif
+#include "vectors.h"
 
 namespace {
 
-constexpr int ROWS = 8, UNIT = 32, QUADS = 8;
 constexpr int AHEAD = 4096;  // bytes; measured on Zen 3, 1024 to 4096 are alike
-#define UNROLL _Pragma("GCC unroll 8")
-
-#if defined(HAS_AVX2)
-using Bytes = __m256i;  // 32 unsigned codes
-using Ints = __m256i;   // one int32 per row
-using Floats = __m256;  // one float per row
-
-inline Bytes load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-template <int SHIFT, int MASK>
-inline Bytes field(Bytes v) {
-  return _mm256_and_si256(_mm256_srli_epi16(v, SHIFT), _mm256_set1_epi8(static_cast<char>(MASK)));
-}
-template <int AT>
-inline Bytes with_bit(Bytes v, Bytes high) {  // v | 4 * bit AT of each byte of high
-  Bytes moved = AT >= 2 ? _mm256_srli_epi16(high, AT >= 2 ? AT - 2 : 0) : _mm256_slli_epi16(high, AT < 2 ? 2 - AT : 0);
-  return _mm256_or_si256(v, _mm256_and_si256(moved, _mm256_set1_epi8(4)));
-}
-inline Bytes quad(const int8_t* x) {
-  int32_t word;
-  std::memcpy(&word, x, 4);
-  return _mm256_set1_epi32(word);
-}
-inline Ints none() { return _mm256_setzero_si256(); }
-#if defined(HAS_VNNI)
-using Sums = __m256i;  // 32-bit sums of whole bytes
-inline Sums add_dot(Sums s, Bytes v, Bytes x) { return DOT(s, v, x); }
-template <int WEIGHT>
-inline Ints widen(Ints a, Sums s) { return _mm256_add_epi32(a, s); }
-#else
-using Sums = __m256i;  // 16-bit sums: eight products of at most 2 * 15 * 128 fit
-inline Sums add_dot(Sums s, Bytes v, Bytes x) { return _mm256_add_epi16(s, _mm256_maddubs_epi16(v, x)); }
-template <int WEIGHT>
-inline Ints widen(Ints a, Sums s) { return _mm256_add_epi32(a, _mm256_madd_epi16(s, _mm256_set1_epi16(WEIGHT))); }
-#endif
-inline Sums no_sums() { return _mm256_setzero_si256(); }
-inline Ints minus(Ints a, int32_t b) { return _mm256_sub_epi32(a, _mm256_set1_epi32(b)); }
-inline Ints minus_zeros(Ints a, const uint8_t* zeros, int32_t sum) {
-  __m256i z = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros)));
-  return _mm256_sub_epi32(a, _mm256_mullo_epi32(z, _mm256_set1_epi32(sum)));
-}
-inline Floats real(Ints a) { return _mm256_cvtepi32_ps(a); }
-inline Floats zero_floats() { return _mm256_setzero_ps(); }
-inline Floats add_scaled(Floats a, float factor, Floats to) {
-  return _mm256_fmadd_ps(a, _mm256_set1_ps(factor), to);
-}
-inline Floats add_product(Floats a, Floats b, Floats to) { return _mm256_fmadd_ps(a, b, to); }
-inline Floats scaled(const uint16_t* scales, float factor) {
-  __m256 s = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
-  return _mm256_mul_ps(s, _mm256_set1_ps(factor));
-}
-inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
-#else
-struct Bytes { uint8_t b[UNIT]; };
-struct Ints { int32_t i[ROWS]; };
-struct Floats { float f[ROWS]; };
-
-inline Bytes load(const uint8_t* p) {
-  Bytes v;
-  std::memcpy(v.b, p, UNIT);
-  return v;
-}
-template <int SHIFT, int MASK>
-inline Bytes field(Bytes v) {
-  for (auto& b : v.b) b = (b >> SHIFT) & MASK;
-  return v;
-}
-template <int AT>
-inline Bytes with_bit(Bytes v, Bytes high) {
-  for (int i = 0; i < UNIT; ++i) v.b[i] |= ((high.b[i] >> AT) & 1) << 2;
-  return v;
-}
-inline Ints none() { return Ints{}; }
-using Sums = Ints;
-inline Sums no_sums() { return Ints{}; }
-inline Bytes quad(const int8_t* x) {
-  Bytes v;
-  for (int r = 0; r < ROWS; ++r) std::memcpy(v.b + 4 * r, x, 4);
-  return v;
-}
-inline Sums add_dot(Sums s, Bytes v, Bytes x) {
-  for (int r = 0; r < ROWS; ++r)
-    for (int k = 0; k < 4; ++k) s.i[r] += v.b[4 * r + k] * static_cast<int8_t>(x.b[4 * r + k]);
-  return s;
-}
-template <int WEIGHT>
-inline Ints widen(Ints a, Sums s) {
-  for (int r = 0; r < ROWS; ++r) a.i[r] += WEIGHT * s.i[r];
-  return a;
-}
-inline Ints minus(Ints a, int32_t b) {
-  for (auto& i : a.i) i -= b;
-  return a;
-}
-inline Ints minus_zeros(Ints a, const uint8_t* zeros, int32_t sum) {
-  for (int r = 0; r < ROWS; ++r) a.i[r] -= zeros[r] * sum;
-  return a;
-}
-inline Floats real(Ints a) {
-  Floats f;
-  for (int r = 0; r < ROWS; ++r) f.f[r] = static_cast<float>(a.i[r]);
-  return f;
-}
-inline Floats zero_floats() { return Floats{}; }
-inline Floats add_scaled(Floats a, float factor, Floats to) {
-  for (int r = 0; r < ROWS; ++r) to.f[r] += a.f[r] * factor;
-  return to;
-}
-inline Floats add_product(Floats a, Floats b, Floats to) {
-  for (int r = 0; r < ROWS; ++r) to.f[r] += a.f[r] * b.f[r];
-  return to;
-}
-inline Floats scaled(const uint16_t* scales, float factor) {
-  Floats s;
-  for (int r = 0; r < ROWS; ++r) s.f[r] = static_cast<float>(c10::Half(scales[r], c10::Half::from_bits())) * factor;
-  return s;
-}
-inline void store(float* p, Floats v) { std::memcpy(p, v.f, sizeof(v.f)); }
-#endif
-
-// How a unit is stored. `part` unpacks the vectors at `piece`, `per_piece` of them, to a code per byte. 8 bits are two
-// planes of 4 where only 16-bit sums exist.
-template <int BITS>
-struct Unit {
-  static constexpr int bytes = UNIT * BITS;
-#if defined(HAS_AVX2) && !defined(HAS_VNNI)
-  static constexpr int planes = BITS == 8 ? 2 : 1;
-#else
-  static constexpr int planes = 1;
-#endif
-  static constexpr int per_piece = BITS == 8 ? 1 : BITS == 4 ? 2 : 4, pieces = QUADS / per_piece;
-
-  template <int PIECE>
-  static inline void part(const uint8_t* p, Bytes (*v)[planes]) {
-    Bytes w = load(p + UNIT * PIECE);
-    if constexpr (BITS == 8) {
-      if constexpr (planes == 2) {
-        v[0][0] = field<0, 15>(w);
-        v[0][1] = field<4, 15>(w);
-      } else {
-        v[0][0] = w;
-      }
-    } else if constexpr (BITS == 4) {
-      v[0][0] = field<0, 15>(w);
-      v[1][0] = field<4, 15>(w);
-    } else {
-      v[0][0] = field<0, 3>(w);
-      v[1][0] = field<2, 3>(w);
-      v[2][0] = field<4, 3>(w);
-      v[3][0] = field<6, 3>(w);
-      if constexpr (BITS == 3) {
-        Bytes high = load(p + UNIT * 2);
-        v[0][0] = with_bit<4 * PIECE>(v[0][0], high);
-        v[1][0] = with_bit<4 * PIECE + 1>(v[1][0], high);
-        v[2][0] = with_bit<4 * PIECE + 2>(v[2][0], high);
-        v[3][0] = with_bit<4 * PIECE + 3>(v[3][0], high);
-      }
-    }
-  }
-};
+constexpr int64_t PIECE_OF_WEIGHT = 1 << 19;  // float32 weights at a time: 2 MB; 128 K to 1 M were nearly alike on Zen 3
+// Rows of x from which float32 products are faster than integer ones with 2 and 3 limbs; measured on Zen 3 with MKL.
+constexpr int64_t MANY[] = {INT64_MAX, INT64_MAX, 256, 32};
 
 // The inputs in fixed point. limbs: [m][block][limb][column]; scale: [m][block]; sum of each limb: [m][block][limb].
 struct Inputs {
@@ -378,26 +212,100 @@ void for_type(const Weights& w, const at::Tensor& x, int64_t columns, int64_t bl
   TORCH_CHECK(false, "auto_round cpu kernels: ", bits, " bits with ", limbs, " limbs do not exist");
 }
 
-// x: (M, I). codes: (tiles, units, bytes) uint8. scales, zeros: (tiles, groups, 8) float16, uint8. Gives (M, rows).
-at::Tensor linear(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scales,
-                  const std::optional<at::Tensor>& zeros, const std::optional<at::Tensor>& bias, int64_t bits,
-                  int64_t group, int64_t rows, int64_t limbs) {
-  TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x must be contiguous (M, I)");
+// The codes of a unit, one to a byte, vector after vector.
+template <int BITS, int PIECE = 0>
+inline void unpack(const uint8_t* p, uint8_t* out) {
+  using U = Unit<BITS>;
+  if constexpr (BITS == 8) {
+    std::memcpy(out, p, U::bytes);
+  } else {
+    Bytes v[U::per_piece][U::planes];
+    U::template part<PIECE>(p, v);
+    UNROLL for (int i = 0; i < U::per_piece; ++i) spill(out + UNIT * (PIECE * U::per_piece + i), v[i][0]);
+    if constexpr (PIECE + 1 < U::pieces) unpack<BITS, PIECE + 1>(p, out);
+  }
+}
+
+// Tiles first .. last as (code - zero) * scale: out[row][padded columns].
+template <int BITS>
+void dequantize(const Weights& w, int64_t first, int64_t last, float* out) {
+  const int64_t columns = w.units * UNIT;
+  at::parallel_for(first, last, std::max<int64_t>(1, (1 << 15) / (columns * ROWS)), [&](int64_t from, int64_t to) {
+    for (int64_t tile = from; tile < to; ++tile)
+      for (int64_t u = 0; u < w.units; ++u) {
+        alignas(32) uint8_t codes[QUADS * UNIT];
+        unpack<BITS>(w.codes + (tile * w.units + u) * Unit<BITS>::bytes, codes);
+        const int64_t at = (tile * w.groups + u * UNIT / w.group) * ROWS;
+        float scale[ROWS];
+        store(scale, scaled(w.scales + at, 1.0f));
+        for (int r = 0; r < ROWS; ++r) {
+          const float zero = w.zeros ? w.zeros[at + r] : 1 << (BITS - 1);
+          float* row = out + ((tile - first) * ROWS + r) * columns + u * UNIT;
+          for (int q = 0; q < QUADS; q += 2) {
+            uint8_t eight[8];  // columns 4q .. 4q+7 of row r: one vector of floats
+            std::memcpy(eight, codes + q * UNIT + 4 * r, 4);
+            std::memcpy(eight + 4, codes + (q + 1) * UNIT + 4 * r, 4);
+            UNROLL for (int k = 0; k < 8; ++k) row[4 * q + k] = (static_cast<float>(eight[k]) - zero) * scale[r];
+          }
+        }
+      }
+  });
+}
+
+void dequantize(const Weights& w, int64_t bits, int64_t first, int64_t last, float* out) {
+  if (bits == 2) dequantize<2>(w, first, last, out);
+  else if (bits == 3) dequantize<3>(w, first, last, out);
+  else if (bits == 4) dequantize<4>(w, first, last, out);
+  else dequantize<8>(w, first, last, out);
+}
+
+// Many rows of x: some tiles at a time become float32, which torch's matrix library multiplies. See MANY.
+void multiply_many(const Weights& w, int64_t bits, const at::Tensor& x, const std::optional<at::Tensor>& bias,
+                   at::Tensor& y) {
+  const at::Tensor wide = x.to(at::kFloat);
+  const int64_t rows = y.size(1), columns = w.units * UNIT;
+  const int64_t some = std::min(w.tiles, std::max<int64_t>(8, PIECE_OF_WEIGHT / (columns * ROWS)));
+  const at::Tensor piece = at::empty({some * ROWS, columns}, at::kFloat);
+  for (int64_t tile = 0; tile * ROWS < rows; tile += some) {
+    const int64_t from = tile * ROWS, count = std::min(some * ROWS, rows - from);
+    dequantize(w, bits, tile, std::min(w.tiles, tile + some), piece.mutable_data_ptr<float>());
+    const at::Tensor part = piece.narrow(0, 0, count).narrow(1, 0, x.size(1)).t();
+    y.narrow(1, from, count).copy_(bias ? at::addmm(bias->narrow(0, from, count), wide, part) : at::mm(wide, part));
+  }
+}
+
+// codes: (tiles, units, bytes) uint8. scales, zeros: (tiles, groups, 8) float16, uint8.
+Weights weights(const at::Tensor& codes, const at::Tensor& scales, const std::optional<at::Tensor>& zeros, int64_t bits,
+                int64_t group, int64_t rows, int64_t columns) {
+  TORCH_CHECK(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits must be 2, 3, 4 or 8, got ", bits);
   TORCH_CHECK(codes.is_contiguous() && codes.size(2) == UNIT * bits, "codes must be (tiles, units, ", UNIT * bits, ")");
-  TORCH_CHECK(group % UNIT == 0 && x.size(1) <= codes.size(1) * UNIT && rows <= codes.size(0) * ROWS,
+  TORCH_CHECK(group % UNIT == 0 && columns <= codes.size(1) * UNIT && rows <= codes.size(0) * ROWS,
               "x, codes, rows and group do not fit together");
   TORCH_CHECK(scales.scalar_type() == at::kHalf && scales.is_contiguous() && scales.size(0) == codes.size(0) &&
                   scales.size(1) * group >= codes.size(1) * UNIT, "scales must be (tiles, groups, 8) float16");
   TORCH_CHECK(!zeros || (zeros->scalar_type() == at::kByte && zeros->is_contiguous() && zeros->sizes() == scales.sizes()),
               "zeros must be uint8 of the shape of scales");
+  return {codes.const_data_ptr<uint8_t>(),
+          reinterpret_cast<const uint16_t*>(scales.const_data_ptr<at::Half>()),
+          zeros ? zeros->const_data_ptr<uint8_t>() : nullptr,
+          codes.size(0), codes.size(1), scales.size(1), group};
+}
+
+// x: (M, I). Gives (M, rows).
+at::Tensor linear(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scales,
+                  const std::optional<at::Tensor>& zeros, const std::optional<at::Tensor>& bias, int64_t bits,
+                  int64_t group, int64_t rows, int64_t limbs) {
+  const Weights w = weights(codes, scales, zeros, bits, group, rows, x.size(1));
+  TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x must be contiguous (M, I)");
   TORCH_CHECK(!bias || (bias->scalar_type() == at::kFloat && bias->is_contiguous() && bias->numel() == rows),
               "bias must be float32 (rows)");
+  TORCH_CHECK(limbs >= 1 && limbs <= 3, "there are 1 to 3 limbs, got ", limbs);
   at::Tensor y = at::empty({x.size(0), rows}, x.options());
   if (x.size(0) == 0) return y;
-  const Weights w{codes.const_data_ptr<uint8_t>(),
-                  reinterpret_cast<const uint16_t*>(scales.const_data_ptr<at::Half>()),
-                  zeros ? zeros->const_data_ptr<uint8_t>() : nullptr,
-                  codes.size(0), codes.size(1), scales.size(1), group};
+  if (x.size(0) >= MANY[limbs]) {
+    multiply_many(w, bits, x, bias, y);
+    return y;
+  }
   const int64_t padded = w.units * UNIT;
   int64_t block = UNIT;
   for (int64_t wider : {128, 64})
@@ -412,6 +320,15 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& codes, const at::Tensor
   else if (x.scalar_type() == at::kHalf) for_type<at::Half>(w, x, x.size(1), block, bits, limbs, b, y);
   else TORCH_CHECK(false, "x must be float32, bfloat16 or float16");
   return y;
+}
+
+// The whole weight: (rows, columns) float32.
+at::Tensor weight(const at::Tensor& codes, const at::Tensor& scales, const std::optional<at::Tensor>& zeros,
+                  int64_t bits, int64_t group, int64_t rows, int64_t columns) {
+  const Weights w = weights(codes, scales, zeros, bits, group, rows, columns);
+  const at::Tensor out = at::empty({w.tiles * ROWS, w.units * UNIT}, at::kFloat);
+  dequantize(w, bits, 0, w.tiles, out.mutable_data_ptr<float>());
+  return out.narrow(0, 0, rows).narrow(1, 0, columns);
 }
 
 std::string instructions() {
@@ -429,5 +346,7 @@ std::string instructions() {
 TORCH_LIBRARY(AUTO_ROUND_LIBRARY, m) {
   m.def("linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int bits, int group, int rows, int limbs) -> Tensor");
   m.impl("linear", c10::DispatchKey::CPU, &linear);
+  m.def("weight(Tensor codes, Tensor scales, Tensor? zeros, int bits, int group, int rows, int columns) -> Tensor");
+  m.impl("weight", c10::DispatchKey::CPU, &weight);
   m.def("instructions() -> str", &instructions);
 }

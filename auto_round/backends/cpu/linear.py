@@ -93,10 +93,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """The gradient with respect to x, from the dequantized weight."""
     codes, scales, zeros = ctx.saved_tensors
     bits, group, rows, _ = ctx.sizes
-    levels = layout.untile_codes(codes, bits, (rows, ctx.columns)).to(grad.dtype)
-    columns = torch.arange(ctx.columns, device=codes.device) // group
-    offset = float(1 << (bits - 1)) if zeros is None else layout.untile_groups(zeros, rows)[:, columns]
-    weight = (levels - offset) * layout.untile_groups(scales, rows)[:, columns]
+    weight = torch.ops.auto_round_cpu.weight(codes, scales, zeros, bits, group, rows, ctx.columns)
     return grad @ weight.to(grad.dtype), *(None,) * 8
 
 

@@ -1,0 +1,185 @@
+// 32 codes, 8 sums and 8 floats at once: with AVX2 (and VNNI where the processor has it), or in plain C++.
+#pragma once
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(AUTO_ROUND_PLAIN)
+#define HAS_AVX2 1
+#include <immintrin.h>
+#endif
+#if defined(HAS_AVX2) && defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define HAS_VNNI 1
+#define DOT _mm256_dpbusd_epi32
+#elif defined(HAS_AVX2) && defined(__AVXVNNI__)
+#define HAS_VNNI 1
+#define DOT _mm256_dpbusd_avx_epi32
+#endif
+
+namespace {
+
+constexpr int ROWS = 8, UNIT = 32, QUADS = 8;
+#define UNROLL _Pragma("GCC unroll 8")
+
+#if defined(HAS_AVX2)
+using Bytes = __m256i;  // 32 unsigned codes
+using Ints = __m256i;   // one int32 per row
+using Floats = __m256;  // one float per row
+
+inline Bytes load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+template <int SHIFT, int MASK>
+inline Bytes field(Bytes v) {
+  return _mm256_and_si256(_mm256_srli_epi16(v, SHIFT), _mm256_set1_epi8(static_cast<char>(MASK)));
+}
+template <int AT>
+inline Bytes with_bit(Bytes v, Bytes high) {  // v | 4 * bit AT of each byte of high
+  Bytes moved = AT >= 2 ? _mm256_srli_epi16(high, AT >= 2 ? AT - 2 : 0) : _mm256_slli_epi16(high, AT < 2 ? 2 - AT : 0);
+  return _mm256_or_si256(v, _mm256_and_si256(moved, _mm256_set1_epi8(4)));
+}
+inline Bytes quad(const int8_t* x) {
+  int32_t word;
+  std::memcpy(&word, x, 4);
+  return _mm256_set1_epi32(word);
+}
+inline Ints none() { return _mm256_setzero_si256(); }
+#if defined(HAS_VNNI)
+using Sums = __m256i;  // 32-bit sums of whole bytes
+inline Sums add_dot(Sums s, Bytes v, Bytes x) { return DOT(s, v, x); }
+template <int WEIGHT>
+inline Ints widen(Ints a, Sums s) { return _mm256_add_epi32(a, s); }
+#else
+using Sums = __m256i;  // 16-bit sums: eight products of at most 2 * 15 * 128 fit
+inline Sums add_dot(Sums s, Bytes v, Bytes x) { return _mm256_add_epi16(s, _mm256_maddubs_epi16(v, x)); }
+template <int WEIGHT>
+inline Ints widen(Ints a, Sums s) { return _mm256_add_epi32(a, _mm256_madd_epi16(s, _mm256_set1_epi16(WEIGHT))); }
+#endif
+inline Sums no_sums() { return _mm256_setzero_si256(); }
+inline Ints minus(Ints a, int32_t b) { return _mm256_sub_epi32(a, _mm256_set1_epi32(b)); }
+inline Ints minus_zeros(Ints a, const uint8_t* zeros, int32_t sum) {
+  __m256i z = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros)));
+  return _mm256_sub_epi32(a, _mm256_mullo_epi32(z, _mm256_set1_epi32(sum)));
+}
+inline Floats real(Ints a) { return _mm256_cvtepi32_ps(a); }
+inline Floats zero_floats() { return _mm256_setzero_ps(); }
+inline Floats add_scaled(Floats a, float factor, Floats to) {
+  return _mm256_fmadd_ps(a, _mm256_set1_ps(factor), to);
+}
+inline Floats add_product(Floats a, Floats b, Floats to) { return _mm256_fmadd_ps(a, b, to); }
+inline Floats scaled(const uint16_t* scales, float factor) {
+  __m256 s = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
+  return _mm256_mul_ps(s, _mm256_set1_ps(factor));
+}
+inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+inline void spill(uint8_t* p, Bytes v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+#else
+struct Bytes { uint8_t b[UNIT]; };
+struct Ints { int32_t i[ROWS]; };
+struct Floats { float f[ROWS]; };
+
+inline Bytes load(const uint8_t* p) {
+  Bytes v;
+  std::memcpy(v.b, p, UNIT);
+  return v;
+}
+template <int SHIFT, int MASK>
+inline Bytes field(Bytes v) {
+  for (auto& b : v.b) b = (b >> SHIFT) & MASK;
+  return v;
+}
+template <int AT>
+inline Bytes with_bit(Bytes v, Bytes high) {
+  for (int i = 0; i < UNIT; ++i) v.b[i] |= ((high.b[i] >> AT) & 1) << 2;
+  return v;
+}
+inline Ints none() { return Ints{}; }
+using Sums = Ints;
+inline Sums no_sums() { return Ints{}; }
+inline Bytes quad(const int8_t* x) {
+  Bytes v;
+  for (int r = 0; r < ROWS; ++r) std::memcpy(v.b + 4 * r, x, 4);
+  return v;
+}
+inline Sums add_dot(Sums s, Bytes v, Bytes x) {
+  for (int r = 0; r < ROWS; ++r)
+    for (int k = 0; k < 4; ++k) s.i[r] += v.b[4 * r + k] * static_cast<int8_t>(x.b[4 * r + k]);
+  return s;
+}
+template <int WEIGHT>
+inline Ints widen(Ints a, Sums s) {
+  for (int r = 0; r < ROWS; ++r) a.i[r] += WEIGHT * s.i[r];
+  return a;
+}
+inline Ints minus(Ints a, int32_t b) {
+  for (auto& i : a.i) i -= b;
+  return a;
+}
+inline Ints minus_zeros(Ints a, const uint8_t* zeros, int32_t sum) {
+  for (int r = 0; r < ROWS; ++r) a.i[r] -= zeros[r] * sum;
+  return a;
+}
+inline Floats real(Ints a) {
+  Floats f;
+  for (int r = 0; r < ROWS; ++r) f.f[r] = static_cast<float>(a.i[r]);
+  return f;
+}
+inline Floats zero_floats() { return Floats{}; }
+inline Floats add_scaled(Floats a, float factor, Floats to) {
+  for (int r = 0; r < ROWS; ++r) to.f[r] += a.f[r] * factor;
+  return to;
+}
+inline Floats add_product(Floats a, Floats b, Floats to) {
+  for (int r = 0; r < ROWS; ++r) to.f[r] += a.f[r] * b.f[r];
+  return to;
+}
+inline Floats scaled(const uint16_t* scales, float factor) {
+  Floats s;
+  for (int r = 0; r < ROWS; ++r) s.f[r] = static_cast<float>(c10::Half(scales[r], c10::Half::from_bits())) * factor;
+  return s;
+}
+inline void store(float* p, Floats v) { std::memcpy(p, v.f, sizeof(v.f)); }
+inline void spill(uint8_t* p, Bytes v) { std::memcpy(p, v.b, sizeof(v.b)); }
+#endif
+
+// How a unit is stored. `part` unpacks the vectors at `piece`, `per_piece` of them, to a code per byte. 8 bits are two
+// planes of 4 where only 16-bit sums exist.
+template <int BITS>
+struct Unit {
+  static constexpr int bytes = UNIT * BITS;
+#if defined(HAS_AVX2) && !defined(HAS_VNNI)
+  static constexpr int planes = BITS == 8 ? 2 : 1;
+#else
+  static constexpr int planes = 1;
+#endif
+  static constexpr int per_piece = BITS == 8 ? 1 : BITS == 4 ? 2 : 4, pieces = QUADS / per_piece;
+
+  template <int PIECE>
+  static inline void part(const uint8_t* p, Bytes (*v)[planes]) {
+    Bytes w = load(p + UNIT * PIECE);
+    if constexpr (BITS == 8) {
+      if constexpr (planes == 2) {
+        v[0][0] = field<0, 15>(w);
+        v[0][1] = field<4, 15>(w);
+      } else {
+        v[0][0] = w;
+      }
+    } else if constexpr (BITS == 4) {
+      v[0][0] = field<0, 15>(w);
+      v[1][0] = field<4, 15>(w);
+    } else {
+      v[0][0] = field<0, 3>(w);
+      v[1][0] = field<2, 3>(w);
+      v[2][0] = field<4, 3>(w);
+      v[3][0] = field<6, 3>(w);
+      if constexpr (BITS == 3) {
+        Bytes high = load(p + UNIT * 2);
+        v[0][0] = with_bit<4 * PIECE>(v[0][0], high);
+        v[1][0] = with_bit<4 * PIECE + 1>(v[1][0], high);
+        v[2][0] = with_bit<4 * PIECE + 2>(v[2][0], high);
+        v[3][0] = with_bit<4 * PIECE + 3>(v[3][0], high);
+      }
+    }
+  }
+};
+
+}  // namespace

@@ -205,6 +205,12 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def mean_of(rows: list[dict], name: str, form: str) -> str:
+    """Mean of a cost over the rows that have it; rows of another machine do not."""
+    known = [row[name] for row in rows if name in row]
+    return format(statistics.mean(known), form) if known else "-"
+
+
 def table(path: Path) -> str:
     """Mean over the seeds (lowest .. highest KL), one line per scheme, recipe and side."""
     groups: dict[tuple, list[dict]] = {}
@@ -224,13 +230,12 @@ def table(path: Path) -> str:
     )
     for key in order:
         rows = groups[key]
-        mean = {n: statistics.mean(r[n] for r in rows) for n in ("kl", "top1", "perplexity", "cpu_seconds")}
-        peaks = [row["peak_gb"] for row in rows if "peak_gb" in row]
-        peak = f"{statistics.mean(peaks):.2f}" if peaks else "-"
+        mean = {n: statistics.mean(r[n] for r in rows) for n in ("kl", "top1", "perplexity")}
+        seconds, peak = mean_of(rows, "cpu_seconds", ".0f"), mean_of(rows, "peak_gb", ".2f")
         low, high = min(r["kl"] for r in rows), max(r["kl"] for r in rows)
         lines.append(
             f"| {' | '.join(key)} | {len(rows)} | {mean['kl']:.5f} | {low:.5f} .. {high:.5f} | {mean['top1']:.4f} | "
-            f"{mean['perplexity']:.3f} | {mean['cpu_seconds']:.0f} | {peak} |"
+            f"{mean['perplexity']:.3f} | {seconds} | {peak} |"
         )
     return "\n".join(lines)
 

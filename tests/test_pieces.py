@@ -1,5 +1,6 @@
 """Small parts that others stand on: plans, shards, threads, journals' comparisons, folders, calls of blocks."""
 
+import itertools
 import json
 import threading
 import time
@@ -187,6 +188,11 @@ def test_any_damaged_byte_changes_the_checksum(count):
         damaged = data.clone()
         damaged[at] ^= 1
         assert checksum(damaged) != whole
+
+
+def test_rows_that_change_places_change_the_checksum():
+    rows = torch.arange(3 * COLUMNS).reshape(3, COLUMNS)
+    assert len({checksum(rows[list(order)]) for order in itertools.permutations(range(3))}) == 6
 
 
 def test_raw_bytes_are_those_of_the_rows():

@@ -61,6 +61,7 @@ class Journal(AbstractContextManager["Journal"]):
         since the earlier run, OutputError when nothing can be written.
         """
         stored = self.folder / MANIFEST
+        stale = self.folder.exists() and not (resume and stored.is_file())
         if resume and stored.is_file():
             changed = differences(json.loads(stored.read_text()), json.loads(json.dumps(manifest)))
             if changed:
@@ -68,7 +69,7 @@ class Journal(AbstractContextManager["Journal"]):
                     f"{self.folder}: these blocks were made by another run; {'; '.join(changed)}. Give the earlier "
                     "settings to go on with it, or leave out resume (--resume) to start again"
                 )
-        elif self.folder.exists():
+        elif stale:
             finished = len(list(self.folder.glob("*/" + INDEX)))
             if finished:
                 logger.warning(
@@ -77,8 +78,9 @@ class Journal(AbstractContextManager["Journal"]):
                     finished,
                     self.folder,
                 )
-            shutil.rmtree(self.folder)
         try:
+            if stale:
+                shutil.rmtree(self.folder)
             self._open(manifest)
         except OSError as error:
             raise OutputError(f"journal {self.folder} cannot be written: {error}") from error

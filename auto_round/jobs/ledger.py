@@ -7,6 +7,7 @@ reads these places back, so that a line whose data never reached the disk costs 
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,10 +57,13 @@ class Ledger:
 
     def begin(self, staging: Path, done: Mapping[str, Mapping[str, int]]) -> None:
         """Start the file anew with what is `done`."""
-        self._file = (staging / LEDGER).open("w")
+        fresh = staging / f"{LEDGER}.new"
+        self._file = fresh.open("w")
         self._write(self._manifest)
         for layer, tensors in done.items():
             self.add(layer, tensors)
+        # Only now: a crash before this leaves the earlier run's file, and with it what that run did.
+        os.replace(fresh, staging / LEDGER)
 
     def add(self, layer: str, tensors: Mapping[str, int]) -> None:
         """The tensors of `layer` are in their places. Threads may call it at the same time."""

@@ -101,7 +101,7 @@ def by_file(work: Sequence[Unit], writer: CheckpointWriter) -> list[Share]:
         files = {file for layer in unit.layers for file in writer.files_of(layer)}
         _joint(share_of, files).units.append(unit)
     for name in writer.to_copy():
-        _joint(share_of, {writer.file_of_copy(name)}).copied.append(name)
+        _joint(share_of, writer.files_of(name)).copied.append(name)
     return list({id(share): share for share in share_of.values()}.values())
 
 

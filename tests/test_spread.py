@@ -78,8 +78,8 @@ class Files:
     """A writer that only knows its files."""
 
     def __init__(self, files, copied):
-        self.files, self.copied = files, copied
-        self.files_of, self.to_copy, self.file_of_copy = files.get, lambda: list(copied), copied.get
+        every = {**files, **{name: {file} for name, file in copied.items()}}
+        self.files_of, self.to_copy = every.get, lambda: list(copied)
 
 
 def test_no_file_is_in_two_shares_and_nothing_is_left_out():

@@ -226,13 +226,10 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         self._copied.update(work.copied)
         self._shards.written(work.copied)
 
-    def files_of(self, layer: str) -> set[str]:
-        """The files that the tensors of `layer` go to."""
-        return {self._shards.file_of(self._stored_in(name)) for name in self._tensors[layer]}
-
-    def file_of_copy(self, name: str) -> str:
-        """The file that the tensor `name`, which stays as it is, goes to."""
-        return self._shards.file_of(name)
+    def files_of(self, name: str) -> set[str]:
+        """The files that the layer `name`, or the tensor of that name that stays as it is, goes to."""
+        tensors = self._tensors.get(name, [name])
+        return {self._shards.file_of(self._stored_in(tensor)) for tensor in tensors}
 
     def _stored_in(self, name: str) -> str:
         """The tensor of the file that has `name`: itself, or the fused one that it lies in."""

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from functools import cache
 
 import pytest
@@ -229,3 +231,59 @@ def test_the_first_error_of_a_worker_is_raised_and_no_more_work_is_taken():
     with pytest.raises(Stop):
         list(in_threads(work, range(1000), workers=2))
     assert len(taken) < 10
+
+
+def hollow(folder, *, blocks, experts, hidden=7168, inner=2048, vocabulary=163840):
+    """A checkpoint of an unknown architecture with true headers and files full of holes; its number of parameters."""
+    config = {
+        "model_type": "nobody",
+        "hidden_size": hidden,
+        "num_hidden_layers": blocks,
+        "vocab_size": vocabulary,
+    }
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    attention = {"q_a": (1536, hidden), "q_b": (12288, 1536), "kv": (576, hidden), "out": (hidden, 8192)}
+    expert = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    index, total = {}, 0
+    for block in range(blocks):
+        path, header, position = f"model.layers.{block}", {}, 0
+        shapes = {f"{path}.self_attn.{part}_proj": shape for part, shape in attention.items()}
+        shapes |= {f"{path}.mlp.experts.{e}.{part}": s for e in range(experts) for part, s in expert.items()}
+        if block == 0:
+            shapes |= dict.fromkeys(("model.embed_tokens", "lm_head"), (vocabulary, hidden))
+        for name, (rows, columns) in shapes.items():
+            offsets = [position, position := position + 2 * rows * columns]
+            header[f"{name}.weight"] = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": offsets}
+        text = json.dumps(header).encode()
+        file = f"model-{block + 1:05}-of-{blocks:05}.safetensors"
+        with (folder / file).open("wb") as handle:
+            handle.write(len(text).to_bytes(8, "little") + text)
+            handle.truncate(8 + len(text) + position)
+        index.update(dict.fromkeys(header, file))
+        total += position // 2
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return total
+
+
+PLANNING = """
+import json, resource, sys, time
+from auto_round import AutoRound
+begin, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+outline = AutoRound(sys.argv[1], model_free=True).outline("auto_round", rehearse=False)
+used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+print(json.dumps([time.process_time() - begin, used, len(outline.plan), outline.sizes["auto_round"]]))
+"""
+
+
+@pytest.mark.slow
+def test_a_trillion_parameters_are_planned_from_headers_in_seconds_and_bounded_memory(tmp_path):
+    count = hollow(tmp_path, blocks=61, experts=384)
+    assert count > 1e12
+    done = subprocess.run(
+        [sys.executable, "-c", PLANNING, tmp_path], check=True, capture_output=True, text=True
+    )
+    seconds, used, layers, nbytes = json.loads(done.stdout.splitlines()[-1])
+    print(done.stdout)
+    assert layers > 61 * 3 * 384
+    assert 0.5 < nbytes / count < 0.54  # 4 bits, and a scale and a zero point for 128 weights
+    assert seconds < 120 and used < 2e9

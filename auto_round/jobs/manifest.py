@@ -17,6 +17,7 @@ from auto_round.models.subject import Subject
 from auto_round.steps.base import Step
 from auto_round.version import __version__
 
+SAMPLES = 16  # values by which a schedule is known
 SHOWN = 3  # changed settings that a refusal spells out
 
 
@@ -65,7 +66,12 @@ def _flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, object
 def _plain(thing: Any) -> dict[str, Any]:
     """The fields of a dataclass as JSON can hold them; its text for anything else."""
     fields = asdict(thing) if is_dataclass(thing) and not isinstance(thing, type) else {}
-    return dict(json.loads(json.dumps(fields, default=str)))
+    return dict(json.loads(json.dumps(fields, default=_said)))
+
+
+def _said(value: object) -> object:
+    # A function's text is its address in memory. Those of steps are schedules, which their values tell apart.
+    return [value(i / SAMPLES) for i in range(SAMPLES)] if callable(value) else str(value)
 
 
 def _hash(text: str) -> str:

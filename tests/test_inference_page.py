@@ -85,9 +85,9 @@ def test_the_guides_blocks_for_a_cpu_run(folders, capsys, fmt, backend):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a card")
 @pytest.mark.parametrize("device", ["cuda", "xpu", "hpu"])
 def test_the_guides_blocks_for_other_devices_say_what_is_missing(folders, device):
-    with pytest.raises(
-        (RuntimeError, AssertionError, ValueError, FormatError), match=rf"(?i){device}|accelerator"
-    ):
+    # torch says it in several ways: not compiled in, unknown name, module of the vendor not installed.
+    missing = (RuntimeError, AssertionError, ValueError, ImportError)
+    with pytest.raises(missing, match=rf"(?i){device}|accelerator"):
         exec(chapter(device), {"model_name": folders["folder"]})
 
 

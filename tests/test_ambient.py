@@ -1,5 +1,7 @@
 """Results do not depend on what the program around us has set in torch: its default dtype and random numbers."""
 
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -63,6 +65,15 @@ def test_the_search_in_torch_does_not_depend_on_it_either(name, monkeypatch):
     with default_dtype(torch.float16):
         found = searched(spec, None)
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+def test_compiled_searches_leave_the_smallest_numbers_alone():
+    code = (
+        "import torch; from auto_round.codecs import blocks; from auto_round.core import native; "
+        "native.library(blocks.KERNELS); print((torch.tensor([1e-40]) * 1.0).item() > 0)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "True"
 
 
 def test_a_table_of_values_made_under_another_default_is_float32():

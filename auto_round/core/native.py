@@ -21,8 +21,16 @@ from pathlib import Path
 from auto_round.core.settings import settings
 
 logger = logging.getLogger("auto_round")
-# Infinity must stay a number: searches start from it as the error of "nothing found yet".
-FLAGS = ("-O3", "-ffast-math", "-fno-finite-math-only", "-shared", "-fPIC")
+# The parts of -ffast-math that let sums be vectorized. The whole of it links code (GCC < 13) that makes the processor
+# flush denormal numbers to zero in the process that loads the library; and infinity must stay a number.
+FAST = (
+    "-fassociative-math",
+    "-freciprocal-math",
+    "-fno-signed-zeros",
+    "-fno-trapping-math",
+    "-fno-math-errno",
+)
+FLAGS = ("-O3", *FAST, "-shared", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
 TIMEOUT = 120  # seconds
 

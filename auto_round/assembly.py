@@ -40,7 +40,14 @@ def steps_for(
         # First: the other steps run blocks with quantized inputs.
         found.append(InputRanges(calibrated=needs_calibration(plan), percentile=options.act_percentile))
     kind = options.start_of(numbers)
-    found += start(kind) if options.imatrix is None else [_given_search(plan, options, subject, kind)]
+    before = start(kind)
+    if options.imatrix is not None:
+        # The file tells what the ranges go by; what goes by correlations of inputs needs data, if any is given.
+        before = [
+            _given_search(plan, options, subject, kind),
+            *(before[1:] if options.dataset is not None else []),
+        ]
+    found += before
     if numbers.iters:
         found.append(
             SignRound(
@@ -71,8 +78,10 @@ def steps_for(
 def _given_search(plan: Plan, options: Options, subject: Subject, kind: str) -> Search:
     """The search that goes by an importance file."""
     assert options.imatrix is not None, "there is such a file"
-    if kind == "none" or options.start == "gptq":
+    if kind == "none":
         raise PlanError("imatrix: an importance file serves the search of ranges, which is switched off")
+    if options.start == "gptq" and options.dataset is None:
+        raise PlanError("start='gptq' goes by calibration data beside the imatrix: give a dataset")
     path = Path(options.imatrix)
     # Wrong file, wrong model: found out here, before any work.
     found = importance_of(path, {n: plan.shapes[n] for n in plan.quantized()}, subject.files.config)

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from auto_round.codecs.base import codec_of, fake, presets
+from auto_round.codecs.base import codec_of, codecs, fake, presets
+from auto_round.codecs.blocks import BlockCodec
 from auto_round.core.plan import Plan
 from auto_round.core.scheme import Scheme, TensorSpec
 from auto_round.jobs.starts import start
@@ -19,18 +20,24 @@ SPECS = [
     TensorSpec(bits=bits, group=group, sym=sym)
     for bits, group, sym in itertools.product((2, 4), (16, 20, -1), (True, False))
 ]
+BLOCKS = [codecs()[name].spec() for name in ("q4_0", "q5_1", "q2_k", "q3_k", "q4_k")]
+
+
+def block_for(spec):
+    """A block whose rows `spec` can hold: those of ggml come in blocks of up to 256."""
+    return Linears(width=256 if spec in BLOCKS else 48)
 
 
 class Linears(Block):
     """Two layers with the same inputs, one after the other with a non-linearity between: a block that can be run."""
 
-    def __init__(self, seed=0, samples=24):
+    def __init__(self, seed=0, samples=24, width=48):
         generator = torch.Generator().manual_seed(seed)
-        mixing = torch.randn(48, 48, generator=generator) / 7 + torch.eye(48)
+        mixing = torch.randn(width, width, generator=generator) / width**0.5 + torch.eye(width)
         self.name, self.samples = "block", samples
-        self._x = torch.randn(samples, 6, 48, generator=generator) @ mixing
+        self._x = torch.randn(samples, width // 8, width, generator=generator) @ mixing
         self.weights = {
-            name: torch.randn(48, 48, generator=generator) * 0.1 for name in ("block.up", "block.gate")
+            name: torch.randn(48, width, generator=generator) * 0.1 for name in ("block.up", "block.gate")
         }
         flat = self._x.flatten(0, 1)
         self._gram = flat.t() @ flat
@@ -97,9 +104,9 @@ def test_gptq_is_its_definition(sym):
     assert (made.t() - expected).abs().gt(1e-6).float().mean() < 0.01  # ties fall differently in float64
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", [*SPECS, *BLOCKS], ids=str)
 def test_each_step_of_the_start_lowers_the_output_error(spec):
-    block = Linears()
+    block = block_for(spec)
     plan, knobs, report = plan_of(block, spec), {}, BlockReport()
     errors = []
     for step in [None, *start("gptq")]:
@@ -118,11 +125,12 @@ def knobs_after(block, spec, steps):
     return knobs
 
 
-@pytest.mark.parametrize("name", sorted(presets()))
-def test_optimised_rtn_makes_up_for_errors_where_the_data_type_asks_for_it(name):
-    spec, block = presets()[name].weight, Linears()
-    if spec is None or name.startswith("GGUF"):  # blocks of 256 do not fit these rows
-        return
+EVERY = {name: scheme.weight for name, scheme in presets().items() if scheme.weight is not None}
+
+
+@pytest.mark.parametrize("spec", dict.fromkeys(EVERY.values()), ids=str)
+def test_optimised_rtn_makes_up_for_errors_where_the_data_type_asks_for_it(spec):
+    block = Linears(width=256 if isinstance(codec_of(spec), BlockCodec) else 48)
     found = {kind: knobs_after(block, spec, start(kind)) for kind in ("rounding", "search")}
     error = {}
     for kind, knobs in found.items():
@@ -136,9 +144,9 @@ def test_optimised_rtn_makes_up_for_errors_where_the_data_type_asks_for_it(name)
             assert all(torch.equal(v, found["search"][layer][k]) for k, v in found["rounding"][layer].items())
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", [*SPECS, *BLOCKS], ids=str)
 def test_what_a_stack_says_is_what_the_codec_makes(spec):
-    block = Linears()
+    block = block_for(spec)
     knobs = Gptq().block(block, plan_of(block, spec), {}, BlockReport())
     again = Stack(block.weights, block._gram, spec, knobs)
     made = torch.cat([fake(w, spec, knobs[name]) for name, w in block.weights.items()])

@@ -169,7 +169,8 @@ class Machine:
         ),
     ] = None
     imatrix: Annotated[
-        Text, _flag("imatrix", help="Importance file of llama.cpp, used instead of data when searching.")
+        Text,
+        _flag("imatrix", help="Importance file of llama.cpp, in the place of data when scales are searched."),
     ] = None
     nsamples: Annotated[Number, _flag("nsamples", "nsample", help="Calibration samples.")] = None
     seqlen: Annotated[Number, _flag("seqlen", "seq-len", help="Tokens per sample.")] = None

@@ -105,8 +105,20 @@ class Codec(ABC):
         return NEUTRAL
 
     def storable(self, scale: Tensor, spec: TensorSpec) -> Tensor:
-        """`scale` rounded to what the file can hold."""
+        """`scale`, or another parameter that `parts` names, rounded to what the file can hold."""
         raise SchemeError(f"{self.name} cannot hold a grid")
+
+    def parts(self, values: Tensor, spec: TensorSpec, grid: Knobs) -> dict[str, Tensor]:
+        """`values` (G, K) on a grid as a sum: for each parameter that may be refitted, the part in proportion to it."""
+        return {"scale": values}
+
+    def shared(self, spec: TensorSpec) -> int:
+        """Neighbouring groups of a row that share each of the parameters in `parts`."""
+        return 1
+
+    def held(self, grid: Mapping[str, Tensor], spec: TensorSpec) -> dict[str, Tensor]:
+        """Knobs that hold `grid`, which has (G, 1) for every parameter."""
+        return {**grid, "scale": self.store(grid, spec)["scale"]}
 
     def tuner(self, w: Tensor, spec: TensorSpec, fixed: Knobs) -> Callable[[Knobs], Tensor]:
         """A function from knobs to the fake weight, differentiable in them.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from auto_round.codecs.base import Codec
 from auto_round.core.errors import SchemeError
+from auto_round.core.fitting import half
 from auto_round.core.native import library
 from auto_round.core.quantized import NEUTRAL, Knob, Knobs, Quantized
 from auto_round.core.rounding import straight_through
@@ -84,6 +85,10 @@ class BlockCodec(Codec):
     def cost(self, spec: TensorSpec, shape: tuple[int, int]) -> float:
         """Bits per weight; the same for every shape."""
         return self.nbytes * 8 / self.block
+
+    def shared(self, spec: TensorSpec) -> int:
+        """Those of a super-block share the parameters in floating point."""
+        return self.block // self.group
 
     @property
     def levels(self) -> tuple[int, int]:
@@ -160,6 +165,62 @@ class BlockCodec(Codec):
             found.append(self.fit(x, weight))
         return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
+    def holds_grid(self, spec: TensorSpec) -> bool:
+        """Always: rows are whole blocks."""
+        return True
+
+    def compensates(self, spec: TensorSpec) -> bool:
+        """Except where steps are so small that errors do not show in a model."""
+        return self.bits < PRECISE
+
+    def load(self, params: Mapping[str, Tensor], spec: TensorSpec) -> dict[str, Tensor]:
+        """The parameters by name, float32, repeated for every group of a super-block."""
+        groups = max(t.numel() for t in params.values())
+        return {
+            name: t.float().reshape(-1).repeat_interleave(groups // t.numel()).unsqueeze(1)
+            for name, t in params.items()
+        }
+
+    def held(self, grid: Mapping[str, Tensor], spec: TensorSpec) -> dict[str, Tensor]:
+        """The inverse of `load`: one number for each super-block where it has one."""
+        together = {name: grid[name].reshape(-1, self.shared(spec)) for name in self.stored}
+        return {
+            name: t[:, :1] if dtype == torch.float16 else t
+            for (name, t), dtype in zip(together.items(), self.stored.values())
+        }
+
+    def snap(self, values: Tensor, spec: TensorSpec, grid: Knobs) -> Tensor:
+        """step * (nearest level) + low."""
+        step, low = self._lines(grid)
+        level = _ratio(values, step, low, None).round_().clamp_(*self.levels).mul_(step)
+        return level if low is None else level.add_(low)
+
+    def offsets(self, change: Tensor, spec: TensorSpec, grid: Knobs, groups: Tensor) -> Knobs:
+        """The rounding offset, in steps."""
+        return {"round": _ratio(change, self._lines(grid)[0], None, None)}
+
+    def change(self, knobs: Knobs, spec: TensorSpec, grid: Knobs, groups: Tensor) -> Tensor | float:
+        """The rounding offset, in weights."""
+        return knobs["round"] * self._lines(grid)[0] if "round" in knobs else 0.0
+
+    def storable(self, scale: Tensor, spec: TensorSpec) -> Tensor:
+        """In float16, as all parameters that are no integers."""
+        return half(scale)
+
+    def parts(self, values: Tensor, spec: TensorSpec, grid: Knobs) -> dict[str, Tensor]:
+        """Steps, and the offset where there is one."""
+        low = self._lines(grid)[1]
+        if low is None:
+            return {"scale": values}
+        offset = next(name for name in self.stored if name in ("min", "offset"))
+        return {"scale": values - low, offset: low.expand_as(values)}
+
+    def _lines(self, grid: Knobs) -> tuple[Tensor, Tensor | None]:
+        """(step, low) in the shape of the grid's parameters, whatever it is."""
+        step, low = self.grid(grid)
+        shape = grid["scale"].shape
+        return step.view(shape), None if low is None else low.view(shape)
+
     @abstractmethod
     def results(self, groups: int) -> tuple[list[Tensor | None], dict[str, Tensor]]:
         """Empty float32 tensors for `groups` groups: in the order of the compiled search's arguments, and by name."""
@@ -195,6 +256,7 @@ class BlockCodec(Codec):
 
 KERNELS = Path(__file__).with_name("ggml_search.c")
 COMPILED_CHUNK = 1 << 20  # values of a matrix in lower precision that one thread holds as float32
+PRECISE = 8  # bits from which on nothing is left to gain
 ROW_CHUNK = 1 << 16  # values that are handled together: they and their temporaries fit the second-level cache
 
 

@@ -83,7 +83,7 @@ class Stack:
         self.fake = torch.cat([self._codec.dequantize(q) for q in made])
         grids = [self._loaded(q) for q in made]
         self.grid = {key: torch.cat([grid[key] for grid in grids]) for key in grids[0]}
-        self._groups = [len(q.params["scale"]) for q in made]
+        self._rows = [len(weight) for weight in weights.values()]
         self.moved = torch.cat(
             [self._moved(weights[n], own, q) for (n, own), q in zip(self._before.items(), made)]
         )
@@ -95,7 +95,7 @@ class Stack:
 
     def _loaded(self, q: Quantized) -> dict[str, Tensor]:
         """The grid of `q`, (G, 1) each."""
-        count = len(q.params["scale"])
+        count = len(q.codes)
         loaded = self._codec.load(q.params, self.spec)
         return {key: value.reshape(-1, 1).expand(count, 1) for key, value in loaded.items()}
 
@@ -112,19 +112,34 @@ class Stack:
         assert found is not None, "a stack is made of layers whose codec can hold a grid"
         return found
 
-    def scaled(self, factor: Tensor) -> Tensor:
-        """`moved` times a factor for each group, (G, 1); on scales times that factor it has the same codes."""
-        groups = split(self.moved, self.spec.group) * factor
-        return merge(groups, (self.weight.shape[0], self.weight.shape[1]), self.spec.group)
+    def parts(self, values: Tensor) -> dict[str, Tensor]:
+        """`values` (R, I) as a sum with a part, (R, I), for each parameter of the grid that may be refitted."""
+        shape = (self.weight.shape[0], self.weight.shape[1])
+        apart = self._codec.parts(split(values, self.spec.group), self.spec, self.grid)
+        return {key: merge(part, shape, self.spec.group) for key, part in apart.items()}
+
+    @property
+    def shared(self) -> int:
+        """Groups of a row, side by side, that share each of those parameters."""
+        return self._codec.shared(self.spec)
+
+    def rescale(self, factors: Mapping[str, Tensor]) -> None:
+        """Offer the parameters of `parts` times factors (G, 1), as stored, with the codes that there are."""
+        grid = {
+            key: self._codec.storable(self.grid[key] * factor, self.spec) for key, factor in factors.items()
+        }
+        apart = self._codec.parts(split(self.moved, self.spec.group), self.spec, self.grid)
+        moved = sum((apart[key] * factor for key, factor in factors.items()), start=torch.zeros(()))
+        self.offer(merge(moved, (self.weight.shape[0], self.weight.shape[1]), self.spec.group), grid)
 
     def loss(self, fake: Tensor) -> Tensor:
         """Output error of each row with the weight `fake`: the diagonal of D gram D', (R, 1)."""
         difference = fake - self.weight
         return ((difference @ self.gram) * difference).sum(1, keepdim=True)
 
-    def offer(self, moved: Tensor, scale: Tensor | None = None) -> None:
-        """Take `moved` (R, I), rounded on the grid or on one of `scale` (G, 1), in the rows where it has less error."""
-        grid = self.grid if scale is None else {**self.grid, "scale": self._codec.storable(scale, self.spec)}
+    def offer(self, moved: Tensor, changed: Knobs = NEUTRAL) -> None:
+        """Take `moved` (R, I), rounded on the grid with what is `changed`, in the rows where it has less error."""
+        grid = {**self.grid, **changed}
         shape = (self.weight.shape[0], self.weight.shape[1])
         fake = merge(self.snap(split(moved, self.spec.group), grid), shape, self.spec.group)
         # Row by row: rows of a layer do not depend on one another, so each keeps its own best.
@@ -138,13 +153,17 @@ class Stack:
         groups = split(self.weight, self.spec.group)
         change = split(self.moved, self.spec.group) - groups
         offsets = self._codec.offsets(change, self.spec, self.grid, groups)
-        scale = self._codec.store(self.grid, self.spec)["scale"]
-        every = {**self.grid, "scale": scale, **offsets}
-        parts = {key: value.split(self._groups) for key, value in every.items()}
+        every = {**self._codec.held(self.grid, self.spec), **offsets}
+        parts = {key: self._apart(value) for key, value in every.items()}
         return {
             name: {**own, **{key: part[i] for key, part in parts.items()}}
             for i, (name, own) in enumerate(self._before.items())
         }
+
+    def _apart(self, value: Tensor) -> list[Tensor]:
+        """`value` by layer; each row has the same number of entries."""
+        each = len(value) // len(self.weight)
+        return list(value.split([rows * each for rows in self._rows]))
 
 
 def stacks_of(

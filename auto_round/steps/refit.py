@@ -32,35 +32,39 @@ class Refit(Step):
         """`knobs` with new scales, and with offsets that keep the codes."""
         found = dict(knobs)
         for stack in stacks_of(block, plan, knobs, selective=self.selective):
-            factor = best_factors(stack)
-            stack.offer(stack.scaled(factor), stack.grid["scale"] * factor)
+            stack.rescale(best_factors(stack))
             found |= stack.knobs()
         return found
 
 
-def best_factors(stack: Stack) -> Tensor:
-    """By what to multiply each group of the fake weight for least tr(D gram D'), (G, 1); 1 where that would be absurd.
+def best_factors(stack: Stack) -> dict[str, Tensor]:
+    """By what to multiply each parameter for least tr(D gram D'), (G, 1) each; 1 where that would be absurd.
 
-    The normal equations of a row: sum_h f_h F_g gram_gh F_h' = F_g gram w', F_g the part of its fake weight in group g.
+    The normal equations of a row: sum_h f_h F_g gram_gh F_h' = F_g gram w', F_g what parameter g is part of its fake
+    weight: one for every group or, where groups share it, for these together.
     """
     rows, columns = stack.weight.shape
-    count = -(-columns // stack.size)
+    parts, size = stack.parts(stack.fake), stack.size * stack.shared
+    count = -(-columns // size)
+    unknowns = count * len(parts)
     found = []
-    for part in torch.arange(rows, device=stack.weight.device).split(max(1, ROWS // (count * columns))):
-        fake = stack.fake[part]
-        # F_g as a full row with zeros elsewhere: one product with the Gram matrix for all groups.
-        spread = fake.new_zeros(len(part), count, columns)
-        for g in range(count):
-            here = slice(g * stack.size, (g + 1) * stack.size)
-            spread[:, g, here] = fake[:, here]
+    for chosen in torch.arange(rows, device=stack.weight.device).split(max(1, ROWS // (unknowns * columns))):
+        # F_g as a full row with zeros elsewhere: one product with the Gram matrix for all of them.
+        spread = stack.fake.new_zeros(len(chosen), unknowns, columns)
+        for i, part in enumerate(parts.values()):
+            for g in range(count):
+                here = slice(g * size, (g + 1) * size)
+                spread[:, i * count + g, here] = part[chosen, here]
         seen = spread @ stack.gram
         system = seen @ spread.transpose(1, 2)
-        wanted = seen @ stack.weight[part].unsqueeze(-1)
+        wanted = seen @ stack.weight[chosen].unsqueeze(-1)
         power = system.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
-        system += torch.diag_embed((RIDGE * power).unsqueeze(1).expand(-1, count))
+        system += torch.diag_embed((RIDGE * power).unsqueeze(1).expand(-1, unknowns))
         # On both sides, so that what the data do not determine stays at a factor of 1.
         wanted += (RIDGE * power)[:, None, None]
-        found.append(torch.linalg.solve(system, wanted).reshape(-1, 1))
+        found.append(torch.linalg.solve(system, wanted).reshape(-1, len(parts), count))
     factors = torch.cat(found)
     # Beyond, or NaN, the system was ill-conditioned: such a scale would only fit rounding errors.
-    return torch.where((factors > 0.25) & (factors < 4.0), factors, torch.ones_like(factors))
+    factors = torch.where((factors > 0.25) & (factors < 4.0), factors, torch.ones_like(factors))
+    every = factors.repeat_interleave(stack.shared, 2)
+    return {key: every[:, i].reshape(-1, 1) for i, key in enumerate(parts)}

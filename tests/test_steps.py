@@ -12,7 +12,7 @@ from auto_round.core.scheme import Scheme, TensorSpec
 from auto_round.jobs.starts import start
 from auto_round.sources.base import Block
 from auto_round.steps.base import BlockReport, Stack, output_loss
-from auto_round.steps.gptq import DAMPING, Gptq, inverse_factor, rounded_in_order, swept
+from auto_round.steps.gptq import DAMPING, Gptq, feedback, rounded_in_order, swept
 from auto_round.steps.refit import Refit
 from auto_round.steps.sign_round import SignRound
 
@@ -204,8 +204,8 @@ def test_dead_and_dependent_channels_leave_everything_finite():
     x[:, 5] = 0
     x[:, 6] = x[:, 7]
     gram = x.t() @ x
-    assert torch.isfinite(inverse_factor(gram)).all()
-    assert torch.isfinite(inverse_factor(torch.zeros(8, 8))).all()
+    assert torch.isfinite(feedback(gram)).all()
+    assert torch.isfinite(feedback(torch.zeros(8, 8))).all()
     stack = Stack({"layer": torch.randn(4, 48, generator=generator)}, gram, TensorSpec(bits=2, group=16), {})
     before = output_error(stack, stack.fake)
     stack.offer(rounded_in_order(stack))

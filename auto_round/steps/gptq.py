@@ -47,22 +47,22 @@ class Gptq(Step):
         return found
 
 
-def inverse_factor(gram: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse of `gram` (I, I), with the least damping that allows one.
+def feedback(gram: Tensor) -> Tensor:
+    """What a column takes over of the errors of those before it: (I, I), upper triangular with a unit diagonal.
 
+    It is U of `gram` = U D U', D diagonal, with the least damping that allows one: the form of LDLQ, the same in exact
+    arithmetic as GPTQ's factor of the inverse (arXiv:2307.13304, section 3 and theorem 6), without an inverse.
     A channel without any signal has the damping alone: nothing is passed on from it or to it.
     """
     mean = gram.diagonal().mean().clamp(min=1e-30)
+    backwards = gram.flip(0, 1)  # of which the lower factor is the upper one of `gram`
     for share in DAMPING:
-        lower, failed = torch.linalg.cholesky_ex(gram + torch.diag((share * mean).expand(len(gram))))
+        # The _ex form tells of failure; the plain one would raise for a matrix that more damping saves.
+        lower, failed = torch.linalg.cholesky_ex(backwards + torch.diag((share * mean).expand(len(gram))))
         if not bool(failed):
-            # The _ex forms tell of failure; the plain ones would raise for a matrix that more damping saves.
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not bool(failed):
-                factor: Tensor = upper
-                return factor
-    # No damping helped: nothing is passed on, plain rounding.
-    return torch.diag((gram.diagonal() + mean).rsqrt())
+            upper: Tensor = lower.flip(0, 1)
+            return upper / upper.diagonal()
+    return torch.eye(len(gram))  # no damping helped: nothing is passed on, plain rounding
 
 
 def rounded_in_order(stack: Stack) -> Tensor:
@@ -72,31 +72,40 @@ def rounded_in_order(stack: Stack) -> Tensor:
     """
     # The loudest channels first, while there are still many others to make up for their errors.
     order = stack.gram.diagonal().argsort(descending=True)
-    upper, grids = inverse_factor(stack.gram[order][:, order]), stack.columns()
+    takes, grids = feedback(stack.gram[order][:, order]), stack.columns()
     # Columns as rows of memory, since they are worked on one at a time.
-    rest, places = stack.weight.t()[order].contiguous(), (order // stack.size).tolist()
-    for start in range(0, len(rest), COLUMNS):
-        end = min(start + COLUMNS, len(rest))
-        errors = torch.empty_like(rest[start:end])
+    weight, places = stack.weight.t()[order], (order // stack.size).tolist()
+    wanted = weight.clone()
+    for start, end in _parts(len(wanted)):
+        errors = torch.empty_like(wanted[start:end])
         for j in range(start, end):
-            error = (rest[j] - stack.snap(rest[j], grids[places[j]])) / upper[j, j]
-            rest[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
-            errors[j - start] = error
-        # Once per block of columns: a matrix product in place of many passes over what is left.
-        rest[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)
-    return rest[order.argsort()].t()
+            wanted[j].addmv_(errors[: j - start].t(), takes[start:j, j])
+            errors[j - start] = weight[j] - stack.snap(wanted[j], grids[places[j]])
+        # Once per part: a matrix product in place of many passes over what is left.
+        wanted[end:].addmm_(takes[start:end, end:].t(), errors)
+    return wanted[order.argsort()].t()
 
 
 def swept(stack: Stack) -> Tensor:
     """What each weight would best be, given what all others are rounded to; one column after the other, (R, I)."""
-    gram, grids = stack.gram, stack.columns()
-    values = stack.fake.t().contiguous()
-    slope = gram @ (values - stack.weight.t())  # half the gradient of tr(D H D') in D; a row for each column
+    order = stack.gram.diagonal().argsort(descending=True)
+    gram, grids, places = stack.gram[order][:, order], stack.columns(), (order // stack.size).tolist()
+    values = stack.fake.t()[order]
+    slope = gram @ (
+        values - stack.weight.t()[order]
+    )  # half the gradient of tr(D H D') in D; a row for each column
     wanted = values.clone()
-    for j in gram.diagonal().argsort(descending=True).tolist():
-        if gram[j, j] > 0:  # without any input, every weight is as good
-            wanted[j] = values[j] - slope[j] / gram[j, j]
-            new = stack.snap(wanted[j], grids[j // stack.size])
-            slope.addr_(gram[j], new - values[j])
-            values[j] = new
-    return wanted.t()
+    alive = int((gram.diagonal() > 0).sum())  # without any input, every weight is as good
+    for start, end in _parts(alive):
+        moves = torch.empty_like(values[start:end])
+        for j in range(start, end):
+            slope[j].addmv_(moves[: j - start].t(), gram[start:j, j])
+            wanted[j] -= slope[j] / gram[j, j]
+            moves[j - start] = stack.snap(wanted[j], grids[places[j]]) - values[j]
+        slope[end:].addmm_(gram[start:end, end:].t(), moves)
+    return wanted[order.argsort()].t()
+
+
+def _parts(count: int) -> list[tuple[int, int]]:
+    """`count` columns in parts of `COLUMNS`: (first, last + 1)."""
+    return [(start, min(start + COLUMNS, count)) for start in range(0, count, COLUMNS)]

@@ -1,8 +1,9 @@
 """Ours against llama.cpp's own quantizer: same model, same importance, one thread each, judged by llama.cpp itself.
 
 python benchmarks/gguf/compare.py --llama /path/to/python [--model DIR] [--types q2_k_s,q4_k_m] [--out FILE.jsonl]
-The importance is measured on calibration text by hooks of this script, and given to both. KL is that of the original
-model's logits (torch, float32) against llama.cpp's on the quantized file, on held-out text.
+The importance is measured on calibration text by hooks of this script, and given to both; "ours" also lets weights make
+up for one another's errors on that text, "ours, searched" does not. KL is that of the original model's logits (torch,
+float32) against llama.cpp's on the quantized file, on held-out text.
 """
 
 import argparse
@@ -25,14 +26,15 @@ from auto_round.models.imatrix import write_imatrix
 
 HERE = Path(__file__).parent
 NOVELIST = HERE.parent.parent / "examples" / "novelist-8m"
+LENGTH = 256  # tokens of a sequence
 
 
-def tokens(path, tokenizer, count, length):
-    """(count, length) token ids of a .jsonl of texts."""
-    ids = []
-    for line in path.read_text().splitlines():
-        ids += tokenizer(json.loads(line)["text"])["input_ids"]
-    return torch.tensor(ids[: count * length]).reshape(count, length)
+def tokens(path, tokenizer, count):
+    """(count, LENGTH) token ids of a .jsonl of texts, or of plain text."""
+    text = path.read_text()
+    texts = [json.loads(line)["text"] for line in text.splitlines()] if path.suffix == ".jsonl" else [text]
+    ids = [i for one in texts for i in tokenizer(one)["input_ids"]]
+    return torch.tensor(ids[: count * LENGTH]).reshape(count, LENGTH)
 
 
 @torch.no_grad()
@@ -93,56 +95,90 @@ def weighted_error(path, model, means, names):
     return total / power
 
 
-def main():
-    """Two rows per type."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def recipes(calibration, tune):
+    """Who -> options of ours, None for llama.cpp."""
+    data = {"dataset": calibration.tolist(), "seqlen": LENGTH, "nsamples": len(calibration)}
+    found = {
+        "llama.cpp": None,
+        "ours, searched": {"iters": 0, "nsamples": 0},
+        "ours": {"iters": 0, **data},
+    }
+    return found | ({f"ours, {tune} sign steps": {"iters": tune, **data}} if tune else {})
+
+
+def measured(options, place, type_, recipe, plain):
+    """(the file, CPU seconds of making it) by llama.cpp, or by us with the options `recipe`."""
+    if recipe is None:
+        theirs, number = place / f"{type_}.gguf", format_named(f"gguf:{type_}").file_type
+        seconds = run(options.llama, "quantize", plain, theirs, number, place / "imatrix.npz")
+        return theirs, float(seconds)
+    out = place / f"{type_}-{len(list(place.iterdir()))}"
+    before = time.process_time()
+    job = AutoRound(options.model, format=f"gguf:{type_}", imatrix=str(place / "i.gguf"), **recipe)
+    job.quantize_and_save(out)
+    seconds = time.process_time() - before
+    (path,) = out.glob("*.gguf")
+    return path, seconds
+
+
+def arguments():
+    """What the command line says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--llama", required=True)
     parser.add_argument("--model", type=Path, default=NOVELIST)
+    parser.add_argument("--calibration", type=Path, default=NOVELIST / "calibration.jsonl")
+    parser.add_argument(
+        "--heldout", type=Path, default=NOVELIST / "heldout.jsonl", help=".jsonl or plain text"
+    )
+    parser.add_argument("--samples", type=int, default=16, help="held-out sequences of 256 tokens")
     parser.add_argument("--types", default="q2_k_s,q3_k_m,q4_0,q4_k_m")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--tune", type=int, default=0, help="sign steps of one more recipe of ours")
+    parser.add_argument("--out", type=Path, help="rows are added; those that are there are not made again")
     parser.add_argument("--speed", action="store_true", help="measure tokens per second too")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    """A row for each recipe of ours and one for llama.cpp, per type."""
+    options = arguments()
     logging.getLogger("auto_round").setLevel(logging.ERROR)
     torch.set_num_threads(1)
+    lines = options.out.read_text().splitlines() if options.out and options.out.exists() else []
+    known = {(row["model"], row["type"], row["by"]) for row in map(json.loads, lines)}
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-    calibration = tokens(NOVELIST / "calibration.jsonl", tokenizer, 64, 256)
-    ids = tokens(NOVELIST / "heldout.jsonl", tokenizer, 16, 256)
+    calibration = tokens(options.calibration, tokenizer, 64)
+    ids = tokens(options.heldout, tokenizer, options.samples)
     names = Names(ARCHITECTURES[model.config.architectures[0]], model.config.num_hidden_layers)
     with torch.no_grad():
         original = torch.cat([model(input_ids=row[None]).logits for row in ids])
-    means, rows = importance(model, calibration, names), []
+    means = importance(model, calibration, names)
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         np.savez(place / "imatrix.npz", **{name: values.numpy() for name, values in means.items()})
-        write_imatrix(
-            place / "i.gguf", means, tokens=calibration.numel(), seqlen=256, datasets=["calibration.jsonl"]
-        )
-        AutoRound(options.model, format="gguf:bf16", iters=0, model_free=True).quantize_and_save(
-            place / "bf16"
-        )
+        origin = {"tokens": calibration.numel(), "seqlen": LENGTH, "datasets": [options.calibration.name]}
+        write_imatrix(place / "i.gguf", means, **origin)
+        bf16 = AutoRound(options.model, format="gguf:bf16", iters=0, model_free=True)
+        bf16.quantize_and_save(place / "bf16")
         (plain,) = (place / "bf16").glob("*.gguf")
         for type_ in options.types.split(","):
-            before = time.process_time()
-            job = AutoRound(options.model, format=f"gguf:{type_}", iters=0, imatrix=str(place / "i.gguf"))
-            job.quantize_and_save(place / type_)
-            seconds = {"ours": time.process_time() - before}
-            (ours,) = (place / type_).glob("*.gguf")
-            theirs = place / f"{type_}.gguf"
-            number = format_named(f"gguf:{type_}").file_type
-            seconds["llama.cpp"] = float(
-                run(options.llama, "quantize", plain, theirs, number, place / "imatrix.npz")
-            )
-            for who, path in {"ours": ours, "llama.cpp": theirs}.items():
-                row = {"type": type_, "by": who, **judged(options.llama, path, ids, original, place)}
+            for who, recipe in recipes(calibration, options.tune).items():
+                if (options.model.name, type_, who) in known:
+                    continue
+                path, seconds = measured(options, place, type_, recipe, plain)
+                row = {"model": options.model.name, "type": type_, "by": who}
+                row |= judged(options.llama, path, ids, original, place)
                 row["weighted_error"] = round(weighted_error(path, model, means, names), 7)
-                row["cpu_seconds"] = round(seconds[who], 2)
+                row["cpu_seconds"] = round(seconds, 2)
                 if options.speed:
                     row["tokens_per_second"] = round(float(run(options.llama, "speed", path)), 1)
-                rows.append(row)
                 print(json.dumps(row), flush=True)
-    if options.out:
-        options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                if options.out:
+                    with options.out.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                path.unlink()
 
 
 if __name__ == "__main__":

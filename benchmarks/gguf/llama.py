@@ -1,6 +1,7 @@
 """Run by an interpreter that has llama-cpp-python: what llama.cpp makes of a file. Talks through JSON and .npy files.
 
-python llama.py logits FILE TOKENS.npy OUT.npy | tokens FILE TEXTS.json OUT.json | chat FILE TEXT
+python llama.py logits FILE TOKENS.npy OUT.npy | tokens FILE TEXTS.json OUT.json
+python llama.py answers FILE QUESTIONS.json LENGTH OUT.json
 python llama.py quantize FILE OUT.gguf FTYPE [IMATRIX] | speed FILE
 """
 
@@ -46,11 +47,18 @@ def tokens(path, texts, out):
         json.dump(cut, file)
 
 
-def chat(path, text):
-    """An answer in chat mode, with the template that is in the file."""
+def answers(path, questions, length, out):
+    """Answers in chat mode, with the template that is in the file: the ids of each prompt, and what comes after."""
     model = opened(path)
-    answer = model.create_chat_completion([{"role": "user", "content": text}], max_tokens=48, temperature=0.0)
-    print(answer["choices"][0]["message"]["content"])
+    found = []
+    with open(questions, encoding="utf-8") as file:
+        for question in json.load(file):
+            chat = [{"role": "user", "content": question}]
+            answer = model.create_chat_completion(chat, max_tokens=int(length), temperature=0.0)
+            prompt = model.input_ids[: answer["usage"]["prompt_tokens"]].tolist()
+            found.append({"prompt": prompt, "text": answer["choices"][0]["message"]["content"]})
+    with open(out, "w", encoding="utf-8") as file:
+        json.dump(found, file)
 
 
 def quantize(path, out, ftype, imatrix=None):
@@ -94,4 +102,4 @@ def speed(path):
 
 
 if __name__ == "__main__":
-    {f.__name__: f for f in (logits, tokens, chat, quantize, speed)}[sys.argv[1]](*sys.argv[2:])
+    {f.__name__: f for f in (logits, tokens, answers, quantize, speed)}[sys.argv[1]](*sys.argv[2:])

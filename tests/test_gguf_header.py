@@ -174,6 +174,31 @@ def test_a_damaged_tokenizer_is_named_before_any_work(llama, tmp_path, content, 
     assert "tokenizer.json" in str(caught.value) and nothing_left(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("part", "content", "words"),
+    [
+        (
+            "pre_tokenizer",
+            {"type": "Sequence", "pretokenizers": [{"type": "ByTheMoon"}]},
+            "pre_tokenizer 'ByTheMoon'",
+        ),
+        ("normalizer", {"type": "Later"}, "has no normalizer 'Later'"),
+        ("post_processor", {"type": "Odd"}, "has no post_processor 'Odd'"),
+        ("decoder", {"type": "Odd"}, "has no decoder 'Odd'"),
+        ("decoder", {"type": "WordPiece"}, "refuses it"),
+    ],
+)
+def test_parts_of_a_tokenizer_that_nobody_knows_are_named_before_any_work(
+    llama, tmp_path, part, content, words
+):
+    folder = copied(llama, tmp_path)
+    described = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**described, part: content}))
+    with pytest.raises(ModelError, match=words) as caught:
+        made(folder, tmp_path / "out")
+    assert "tokenizer.json" in str(caught.value) and nothing_left(tmp_path / "out")
+
+
 def test_a_damaged_model_card_is_named(llama, tmp_path):
     folder = copied(llama, tmp_path)
     (folder / "README.md").write_text("---\nlicense: [unclosed\n---\n")

@@ -19,6 +19,7 @@ logger = logging.getLogger("auto_round")
 # ruff: noqa: RUF001 - regular expressions and probe texts of many scripts
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama_token_type
+MEMBERS = ("pretokenizers", "normalizers", "decoders", "processors")  # of a sequence of parts, by its kind
 SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -73,21 +74,23 @@ def vocabulary_metadata(folder: Path, config: Mapping[str, Any], rows: int) -> d
     described = _checked(path)
     model = described["model"]
     kind = model.get("type") or ("BPE" if "merges" in model else "none")
-    if kind == "BPE":
-        own = _byte_level(described, path) if _is_byte_level(described) else _sentence_piece(described)
-    elif kind == "Unigram":
-        own = _unigram(described)
-    else:
+    if kind not in ("BPE", "Unigram"):
         raise ModelError(
             f"{path}: a tokenizer of kind {kind!r} has no counterpart in llama.cpp here: BPE or Unigram only"
         )
+    working = _working(described, path)
+    if kind == "Unigram":
+        own = _unigram(described)
+    else:
+        bytes_ = _is_byte_level(described)
+        own = _byte_level(working, described, path) if bytes_ else _sentence_piece(described)
     texts, types = _tokens(described, path, rows)
     scores = own.pop("scores", None)
     values = {**own, "tokens": texts, "token_type": types}
     if scores is not None:
         values["scores"] = [float(scores.get(text, -1000.0)) for text in texts]
     values |= _special_tokens(folder, config, described)
-    values |= _added_at_the_ends(path, values)
+    values |= _added_at_the_ends(working, values)
     found = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
     template = _chat_template(folder)
     return found if template is None else {**found, "tokenizer.chat_template": template}
@@ -108,6 +111,32 @@ def _checked(path: Path) -> dict[str, Any]:
             f"{path} holds no tokenizer ({type(error).__name__}: {error}); download it again, or save it anew"
         ) from error
     return dict(described)
+
+
+def _working(described: Mapping[str, Any], path: Path) -> Any:
+    """The tokenizer itself. Raises ModelError for parts that the installed `tokenizers` does not have."""
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(described))
+    except Exception as error:  # the package raises nothing more precise
+        parts = {
+            "normalizer": tokenizers.normalizers,
+            "pre_tokenizer": tokenizers.pre_tokenizers,
+            "post_processor": tokenizers.processors,
+            "decoder": tokenizers.decoders,
+        }
+        unknown = [
+            f"{key} {part.get('type')!r}"
+            for key, module in parts.items()
+            for part in _parts(described.get(key))
+            if part.get("type") not in dir(module)
+        ]
+        reason = f"has no {', '.join(unknown)}" if unknown else f"refuses it ({error})"
+        raise ModelError(
+            f"{path}: tokenizers {tokenizers.__version__} {reason}. Install the version that the tokenizer was made "
+            "with, or save it anew"
+        ) from error
 
 
 def _tokens(described: Mapping[str, Any], path: Path, rows: int) -> tuple[list[str], list[int]]:
@@ -148,10 +177,10 @@ def _is_byte_level(described: Mapping[str, Any]) -> bool:
 
 
 def _parts(described: Any) -> Iterator[Mapping[str, Any]]:
-    """The members of a pre-tokenizer or normalizer, which may be a sequence of them."""
+    """The members of a pre-tokenizer, normalizer, decoder or post-processor, which may be a sequence of them."""
     if described is None:
         return
-    inner = described.get("pretokenizers") or described.get("normalizers")
+    inner = next((described[key] for key in MEMBERS if key in described), None)
     if inner is None:
         yield described
         return
@@ -163,22 +192,21 @@ def _merges(model: Mapping[str, Any]) -> list[str]:
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
 
 
-def _byte_level(described: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _byte_level(working: Any, described: Mapping[str, Any], path: Path) -> dict[str, Any]:
     model = described["model"]
     prefix = any(part.get("add_prefix_space") for part in _parts(described.get("pre_tokenizer")))
     return {
         "model": "gpt2",
-        "pre": pre_tokenizer(described, str(path)),
+        "pre": pre_tokenizer(working.pre_tokenizer, described, str(path)),
         "merges": _merges(model),
         **({"add_space_prefix": True} if prefix else {}),
     }
 
 
-def pre_tokenizer(described: Mapping[str, Any], where: str) -> str:
-    """llama.cpp's name of the way in which this tokenizer.json cuts words; the nearest one, and a warning, if none."""
-    from tokenizers import Regex, Tokenizer, pre_tokenizers
+def pre_tokenizer(own: Any, described: Mapping[str, Any], where: str) -> str:
+    """llama.cpp's name of the way in which `own` cuts words; the nearest one, and a warning, if there is none."""
+    from tokenizers import Regex, pre_tokenizers
 
-    own = Tokenizer.from_str(json.dumps(described)).pre_tokenizer
     expected = [_pieces(own, probe) for probe in PROBES]
     agreeing: dict[str, int] = {}
     for name, expressions in KNOWN.items():
@@ -275,12 +303,10 @@ def _special_tokens(folder: Path, config: Mapping[str, Any], described: Mapping[
     return found
 
 
-def _added_at_the_ends(path: Path, values: Mapping[str, Any]) -> dict[str, bool]:
+def _added_at_the_ends(working: Any, values: Mapping[str, Any]) -> dict[str, bool]:
     """Whether the tokenizer puts its token for the beginning, or the end, around a text."""
-    from tokenizers import Tokenizer
-
     # Found by trying: what adds the tokens is a template of one of several kinds.
-    ids = Tokenizer.from_file(str(path)).encode("a").ids
+    ids = working.encode("a").ids
     bos, eos = values.get("bos_token_id"), values.get("eos_token_id")
     return {
         "add_bos_token": bool(ids) and bos is not None and ids[0] == bos,

@@ -24,6 +24,7 @@ from auto_round.jobs.export import CheckpointWriter
 from auto_round.jobs.journal import Journal, Resumed, earlier_steps
 from auto_round.jobs.manifest import manifest
 from auto_round.jobs.outline import Outline
+from auto_round.jobs.planner import Making, StepMaker
 from auto_round.jobs.quantize import Observer, Pass, quantize
 from auto_round.jobs.report import Report
 from auto_round.jobs.stream import Locked, StreamPass, stream
@@ -111,7 +112,7 @@ class AutoRound:
         check_whole(self.material, "quantize() returns it; quantize_and_save() may do without")
         model = self.material.live_model()
         plan = self._plan_in_memory()
-        self._place(plan, [], keeps=True)
+        self._place([(plan, [])], keeps=True)
         steps = self.steps(plan)
         self._run(self._source(steps), Pass(plan, steps, [kept]))
         self._kept = kept
@@ -169,7 +170,7 @@ class AutoRound:
             earlier = earlier_steps(Path(output_dir)) if self.options.resume and self._budget else None
             if earlier is not None:
                 self._give_steps(Chosen(earlier, f"{earlier} steps, as in the run that is resumed"))
-            self._place(self.plan, groups[0], measure=self.options.report is not None)
+            self._place(list(zip(plans, groups)), measure=self.options.report is not None)
             self._scratch = Path(output_dir)
             report = Report()
             self.observers.append(report)
@@ -214,29 +215,36 @@ class AutoRound:
         """
         wanted = format or self.options.format
         sizes: dict[str, int | str] = {}
-        plans: list[Plan] = []
-        for fmt in parse_formats(wanted) if wanted else formats().values():
-            try:
+        makes: list[tuple[Plan, Sequence[Format]]] = []
+        if wanted:
+            makes = [(self.make_plan(group), group) for group in sharing_a_plan(self._formats(wanted))]
+            for plan, group in makes:
+                sizes |= {fmt.name: self._file_bytes(fmt, plan) for fmt in group}
+        for fmt in () if wanted else formats().values():
+            try:  # what was asked for by name must work; of all formats some cannot
                 plan = self.make_plan(self._formats(fmt.name))
-                # A writer wants one, and writes nothing before it is opened.
-                with tempfile.TemporaryDirectory() as folder:
-                    sizes[fmt.name] = writer_for(self.material, fmt, Path(folder) / "out", plan).file_bytes()
+                sizes[fmt.name] = self._file_bytes(fmt, plan)
             except AutoRoundError as error:
-                if wanted:  # what was asked for by name must work; of all formats some cannot
-                    raise
                 sizes[fmt.name] = str(error)
-                continue
-            plans.append(plan)
-        if not plans:
+            else:
+                makes = makes or [(plan, [fmt])]
+        if not makes:
             raise FormatError("no format can hold this plan: " + "; ".join(map(str, sizes.values())))
-        possible = next(name for name, size in sizes.items() if isinstance(size, int))
-        self._place(plans[0], self._formats(possible), measure=rehearse, with_data=False)
+        self._formats(wanted or makes[0][1][0].name)
+        self._place(makes, measure=rehearse, with_data=False)
         assert self.placement is not None, "it has been made"
         body, store = self.subject().anatomy, self.subject().files.store
         return Outline(
-            plan=plans[0], blocks=len(body.in_order()), sizes=sizes, placement=self.placement, seconds=self.seconds,
+            plans={", ".join(fmt.name for fmt in group): plan for plan, group in makes}, sizes=sizes,
+            blocks=len(body.in_order()), placement=self.placement, seconds=self.seconds,
             source_bytes=sum(info.nbytes for info in store.infos.values()),
         )  # fmt: skip
+
+    def _file_bytes(self, fmt: Format, plan: Plan) -> int:
+        """Exact bytes of the weight files of `plan` in format `fmt`."""
+        # A writer wants a folder, and writes nothing into it before it is opened.
+        with tempfile.TemporaryDirectory() as folder:
+            return writer_for(self.material, fmt, Path(folder) / "out", plan).file_bytes()
 
     def _formats(self, given: str | None) -> list[Format]:
         """The formats given here, in the options, or by the scheme."""
@@ -330,8 +338,7 @@ class AutoRound:
 
     def _place(
         self,
-        plan: Plan,
-        formats: Sequence[Format],
+        makes: Sequence[tuple[Plan, Sequence[Format]]],
         *,
         measure: bool = False,
         with_data: bool = True,
@@ -339,14 +346,17 @@ class AutoRound:
     ) -> None:
         """Decide where things live and how many samples run at once. Raises PlanError when no limit can be kept."""
         sizing = Sizing(
-            material=self.material, plan=plan, formats=formats, measure=measure, with_data=with_data, keeps=keeps,
-            steps=lambda at_once, iters: self.steps(plan, at_once=at_once, iters=iters),
+            material=self.material, measure=measure, with_data=with_data, keeps=keeps,
+            makings=[Making(plan, formats, self._step_maker(plan)) for plan, formats in makes],
             live=lambda placed, data, quantized: self._live_source(placed, data, quantized=quantized),
         )  # fmt: skip
         if self._budget is not None:
             most = self.options.iters or RECIPES["best"].iters
             self._give_steps(within(self._budget, sizing.seconds_by_steps(), most))
         self.placement, self.seconds = sizing.placement()
+
+    def _step_maker(self, plan: Plan) -> StepMaker:
+        return lambda at_once, iters: self.steps(plan, at_once=at_once, iters=iters)
 
     def _give_steps(self, chosen: Chosen) -> None:
         """Go on with the number of sign steps that the time budget allows; the budget is then settled."""

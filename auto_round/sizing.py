@@ -9,10 +9,8 @@ import torch
 
 from auto_round.core.errors import PlanError
 from auto_round.core.placement import Placement
-from auto_round.core.plan import Plan
-from auto_round.formats.base import Format
 from auto_round.jobs.placing import Wish, place, place_stream, seconds_by_steps
-from auto_round.jobs.planner import SAMPLES, Stage, base_memory, rounded
+from auto_round.jobs.planner import SAMPLES, Making, Stage, base_memory, rounded
 from auto_round.jobs.workers import cores
 from auto_round.material import Material
 from auto_round.models.device import Devices, parse_devices
@@ -44,20 +42,17 @@ def check_whole(material: Material, why: str) -> None:
 
 
 LiveMaker = Callable[[Placement, "Calibration | None", bool], LiveSource]
-StepMaker = Callable[[int, "int | None"], "list[Step]"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizing:
-    """What decides where things live. steps: from samples at once and iterations, None for those of the recipe.
+    """What decides where things live. makings: the plans of the job with their steps and formats.
     live: makes the source of a placement, of data, and of whether its inputs are quantized. keeps: whether the codes
     stay in memory. measure: whether memory and time are to be known even if there is no limit. with_data: whether the
     calibration data is loaded first, so that it counts as part of the process."""
 
     material: Material
-    plan: Plan
-    formats: Sequence[Format]
-    steps: StepMaker
+    makings: Sequence[Making]
     live: LiveMaker
     keeps: bool = False
     measure: bool = False
@@ -73,9 +68,7 @@ class Sizing:
         max_ram, max_vram = limit(options.max_ram, "max_ram"), limit(options.max_vram, "max_vram")
         if max_ram is not None:
             exact_allocations()
-        steps = self.steps(options.numbers().batch_size, None)
-        needs = max((step.needs for step in steps), default=Needs.NOTHING)
-        requires = max((step.requires for step in steps), default=Needs.NOTHING)
+        steps, needs, requires = self._steps()
         if options.model_free and requires > Needs.NOTHING:
             raise PlanError(
                 "model_free quantizes from weights alone: use iters=0 and a scheme whose inputs need no calibration, "
@@ -85,7 +78,7 @@ class Sizing:
         if self.streams(needs, data):
             subject = self.material.subject()
             found, seconds = place_stream(
-                TensorSource(subject.anatomy, subject.files.store, subject.names), self.plan, steps, self.formats,
+                TensorSource(subject.anatomy, subject.files.store, subject.names), self.makings,
                 workers=options.workers or cores(), max_ram=max_ram, measure=self.measure,
             )  # fmt: skip
             return replace(found, why=(*self._unused(), *found.why)), seconds
@@ -101,12 +94,17 @@ class Sizing:
 
     def seconds_by_steps(self) -> Callable[[int], float]:
         """Estimated seconds of the job by its number of sign steps."""
-        devices, numbers = parse_devices(self.material.options.device_map), self.material.options.numbers()
-        steps = self.steps(numbers.batch_size, None)
-        needs = max((step.needs for step in steps), default=Needs.NOTHING)
-        requires = max((step.requires for step in steps), default=Needs.NOTHING)
+        devices = parse_devices(self.material.options.device_map)
+        steps, needs, requires = self._steps()
         data = self.material.samples(needs, requires) if self.with_data else None
         return seconds_by_steps(self._wish(steps, needs, data, devices))
+
+    def _steps(self) -> tuple[list[Step], Needs, Needs]:
+        """(the steps of all plans, what they make use of, what they cannot do without)."""
+        size = self.material.options.numbers().batch_size
+        steps = [step for making in self.makings for step in making.steps(size, None)]
+        needs = max((step.needs for step in steps), default=Needs.NOTHING)
+        return steps, needs, max((step.requires for step in steps), default=Needs.NOTHING)
 
     def streams(self, needs: Needs, data: Calibration | None) -> bool:
         """Whether weights are all that is looked at, straight from the shards."""
@@ -146,9 +144,8 @@ class Sizing:
 
         states = seqlen * width * torch.float32.itemsize if fed else 0
         stage = Stage(
-            source=source, steps=lambda iters: self.steps(1, iters), plan=self.plan, formats=self.formats,
-            seqlen=seqlen, drawn=min(SAMPLES - 1, numbers.batch_size * options.gradient_accumulate_steps),
-            states=states,
+            source=source, makings=self.makings, seqlen=seqlen, states=states,
+            drawn=min(SAMPLES - 1, numbers.batch_size * options.gradient_accumulate_steps),
         )  # fmt: skip
         return Wish(
             subject=material.subject(), devices=devices, batch=numbers.batch_size,

@@ -199,7 +199,7 @@ def test_rehearsing_leaves_a_live_model_as_it_was(tmp_path):
     model = tiny("llama", dtype=torch.bfloat16)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     made = AutoRound(model, dataset=samples(8, 16), max_ram="64GB", **TUNED)
-    made._place(made.make_plan(parse_formats("auto_round")), [], measure=True)
+    made._place([(made.make_plan(parse_formats("auto_round")), [])], measure=True)
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name]), name
 
@@ -232,6 +232,37 @@ def test_planned_sizes_are_exact_for_every_format(tmp_path):
     assert not left, "a format that neither scheme can be stored in: add one that can"
 
 
+@pytest.fixture
+def no_process(monkeypatch):
+    """Limits are about the work alone: as if the process itself took nothing."""
+    from auto_round import sizing
+    from auto_round.jobs import placing
+
+    for module in (sizing, placing):
+        monkeypatch.setattr(module, "base_memory", lambda: 0)
+
+
+def test_types_made_together_are_planned_together(tmp_path, no_process):
+    tiny("llama", tmp_path / "model", hidden_size=256, intermediate_size=256)
+    types = {"gguf:q4_0": "gguf-q4-0", "gguf:q4_k_m": "gguf-q4-k-m"}
+
+    def told(format_):
+        return AutoRound(tmp_path / "model", iters=0, nsamples=0).outline(format_)
+
+    both, alone = told(",".join(types)), [told(name) for name in types]
+    assert list(both.plans) == list(types) and both.plan == alone[0].plan
+    assert [set(plan.values()) for plan in both.plans.values()] == [set(one.plan.values()) for one in alone]
+    assert both.sizes == alone[0].sizes | alone[1].sizes
+    # What one type leaves in memory is there while the next is made.
+    assert both.placement.ram > max(one.placement.ram for one in alone)
+    AutoRound(tmp_path / "model", iters=0, nsamples=0, format=",".join(types)).quantize_and_save(
+        tmp_path / "out"
+    )
+    for name, folder in types.items():
+        (path,) = (tmp_path / "out" / folder).glob("*.gguf")
+        assert path.stat().st_size == both.sizes[name]
+
+
 def test_a_dry_run_shows_layers_sizes_memory_and_time_and_writes_nothing(tmp_path, capsys, monkeypatch):
     from auto_round.cli.main import execute
 
@@ -246,16 +277,6 @@ def test_a_dry_run_shows_layers_sizes_memory_and_time_and_writes_nothing(tmp_pat
             word in said for word in ("14 as int4 g32 sym", "auto_round", "planned peak", "estimated time")
         )
     assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture
-def no_process(monkeypatch):
-    """Limits are about the work alone: as if the process itself took nothing."""
-    from auto_round import sizing
-    from auto_round.jobs import placing
-
-    for module in (sizing, placing):
-        monkeypatch.setattr(module, "base_memory", lambda: 0)
 
 
 def smallest(message):
@@ -288,7 +309,7 @@ def test_the_head_counts_when_it_is_quantized_and_codes_that_stay_do(tmp_path, n
 
     def planned(keeps=False, **more):
         made = AutoRound(tmp_path / "model", **job, **more)
-        made._place(made.make_plan(parse_formats("auto_round")), [], keeps=keeps)
+        made._place([(made.make_plan(parse_formats("auto_round")), [])], keeps=keeps)
         return made.placement.ram
 
     body, whole = planned(), planned(quant_lm_head=True)
@@ -302,7 +323,7 @@ def test_padded_samples_count_with_their_masks(tmp_path, no_process):
     found = []
     for dataset in (samples(8, 64), rows):
         made = AutoRound(tmp_path / "model", dataset=dataset, max_ram="64GB", **{**TUNED, "seqlen": 64})
-        made._place(made.make_plan(parse_formats("auto_round")), [])
+        made._place([(made.make_plan(parse_formats("auto_round")), [])])
         found.append(made.placement.ram)
     assert found[1] >= found[0] + 8 * 64 * 64  # a mask of T x T for each
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from auto_round.jobs.outline import Outline
+from auto_round.jobs.outline import Outline, reasons, schemes
 
 
 def show_outline(outline: Outline, console: Console) -> None:
@@ -14,12 +14,15 @@ def show_outline(outline: Outline, console: Console) -> None:
     console.print(
         f"{count} layers in {outline.blocks} blocks; the original has {outline.source_bytes:,} bytes of weights"
     )
-    for scheme, layers in outline.schemes().items():
-        console.print(f"  {layers} as {scheme}", markup=False)
-    for reason, layers in outline.reasons().items():
-        console.print(f"  {layers} because of {reason}", markup=False)
-    for note in outline.plan.notes:
-        console.print(f"  note: {note}", markup=False)
+    for names, plan in outline.plans.items():
+        if len(outline.plans) > 1:
+            console.print(f"{names}:", markup=False)
+        for scheme, layers in schemes(plan).items():
+            console.print(f"  {layers} as {scheme}", markup=False)
+        for reason, layers in reasons(plan).items():
+            console.print(f"  {layers} because of {reason}", markup=False)
+        for note in plan.notes:
+            console.print(f"  note: {note}", markup=False)
     table = Table("format", "bytes of weight files", "of original", title="output")
     for name, size in outline.sizes.items():
         exact = f"{size:,}" if isinstance(size, int) else size  # the reason why not, in its place

@@ -12,11 +12,9 @@ from torch import nn
 
 from auto_round.core.errors import PlanError
 from auto_round.core.placement import Placement
-from auto_round.core.plan import Plan
-from auto_round.formats.base import Format
 from auto_round.jobs.planner import (
     Costs,
-    Packed,
+    Making,
     Rehearsal,
     Stage,
     base_memory,
@@ -28,13 +26,12 @@ from auto_round.jobs.planner import (
     spread,
 )
 from auto_round.jobs.quantize import quantize
-from auto_round.jobs.stream import One, Unit, units
+from auto_round.jobs.stream import One, Unit, part_of, units_of
 from auto_round.models.device import Devices
 from auto_round.models.memory import Tally, give_back
 from auto_round.models.subject import Subject
 from auto_round.models.window import windows
 from auto_round.sources.tensors import TensorSource
-from auto_round.steps.base import Step
 
 logger = logging.getLogger("auto_round")
 SHARE = 0.9  # of a card's free memory that may be planned for; the rest goes to its allocator
@@ -117,7 +114,8 @@ def _parts(wish: Wish) -> Iterator[Part]:
     together = [each for blocks in body.block_lists for each in windows(blocks, wish.nblocks)]
     sizes = {each[0]: sum(_bytes(tree.get_submodule(block)) for block in each) for each in together}
     heaviest = max(sizes, key=lambda first: sizes[first])  # what it takes, every other one has room for
-    outside = [name for name in stage.plan.quantized() if body.layers[name].block is None]
+    quantized = dict.fromkeys(name for making in stage.makings for name in making.plan.quantized())
+    outside = [name for name in quantized if body.layers[name].block is None]
     for name in (heaviest, *outside):
         inside = name == heaviest
         # The two chains through the blocks stay while the layer after them has its own two.
@@ -140,14 +138,7 @@ def _with_kept(wish: Wish, parts: Sequence[Part]) -> list[Costs]:
 
 
 def place_stream(
-    source: TensorSource,
-    plan: Plan,
-    steps: Sequence[Step],
-    formats: Sequence[Format],
-    *,
-    workers: int,
-    max_ram: int | None,
-    measure: bool,
+    source: TensorSource, makings: Sequence[Making], *, workers: int, max_ram: int | None, measure: bool
 ) -> tuple[Placement, float | None]:
     """The placement of a stream, and its estimated seconds: as many workers as have room for a layer each.
 
@@ -156,8 +147,7 @@ def place_stream(
     placed = Placement(device="cpu", micro_batch=1, workers=workers)
     if max_ram is None and not measure:
         return placed, None
-    work = units(source, plan)
-    found = list(_measured_units(source, work, plan, steps, formats))
+    found = list(_measured_units(source, makings))
     each, base = max((peak for peak, _ in found), default=0), base_memory()
     fit = workers if max_ram is None else min(workers, (max_ram - base) // max(1, each))
     if max_ram is not None and fit < 1:
@@ -170,23 +160,27 @@ def place_stream(
     return replace(placed, workers=fit, ram=base + fit * each, why=why), seconds
 
 
-def _measured_units(
-    source: TensorSource, work: Sequence[Unit], plan: Plan, steps: Sequence[Step], formats: Sequence[Format]
-) -> Iterator[tuple[int, float]]:
+def _measured_units(source: TensorSource, makings: Sequence[Making]) -> Iterator[tuple[int, float]]:
     """(peak bytes of one, seconds for all) of every kind of unit, from doing its largest."""
+    plans = [making.plan for making in makings]
 
     def size(unit: Unit) -> int:
-        return sum(plan.shapes[name][0] * plan.shapes[name][1] for name in unit.layers)
+        shapes = [plans[0].shapes[name] for name in unit.layers]
+        return sum(rows * columns for rows, columns in shapes)
+
+    def kind(unit: Unit) -> object:
+        return unit.fused, frozenset(tuple(plan.get(name) for plan in plans) for name in unit.layers)
 
     kinds: dict[object, list[Unit]] = {}
-    for unit in work:
-        kinds.setdefault((unit.fused, frozenset(plan[name] for name in unit.layers)), []).append(unit)
+    for unit in units_of(source, plans):
+        kinds.setdefault(kind(unit), []).append(unit)
     for alike in kinds.values():
         largest = max(alike, key=size)
-        part = plan.only(largest.layers, [frozenset(largest.layers)] if largest.fused else ())
+        passes = [making.rehearsed(1)[0] for making in makings]
+        first, *others = (replace(each, plan=part_of(each.plan, largest)) for each in passes)
         started = time.perf_counter()
         with Tally() as tally:
-            quantize(One(source, largest), part, steps, [Packed(formats)])
+            quantize(One(source, largest), first.plan, first.steps, first.writers, others=others)
         seconds = time.perf_counter() - started
         yield tally.peak["cpu"], seconds * sum(map(size, alike)) / size(largest)
     give_back()

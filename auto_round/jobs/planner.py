@@ -17,7 +17,7 @@ from auto_round.core.placement import Placement
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.formats.base import Format
-from auto_round.jobs.quantize import quantize
+from auto_round.jobs.quantize import Pass, quantize
 from auto_round.models.memory import Tally, give_back, resident_memory
 from auto_round.sources.base import Block, Needs, Source
 from auto_round.sources.blocks import LiveSource
@@ -115,34 +115,52 @@ class Packed:
         """Nothing."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """What a rehearsal needs. source: from the length of the samples; steps: from iterations; both for one sample at a
-    time. drawn: samples of an iteration. states: bytes of the hidden states of one sample of `seqlen` tokens."""
+StepMaker = Callable[[int, "int | None"], "list[Step]"]
 
-    source: Callable[[int], LiveSource]
-    steps: Callable[[int], list[Step]]
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """One plan of a job and the formats that it is made for. steps: from samples at once and iterations, None for those
+    of the recipe."""
+
     plan: Plan
     formats: Sequence[Format]
+    steps: StepMaker
+
+    def rehearsed(self, at_once: int, iters: int | None = None) -> tuple[Pass, Packed]:
+        """(the same with a writer that drops what it gets, that writer)."""
+        writer = Packed(self.formats)
+        return Pass(self.plan, self.steps(at_once, iters), [writer]), writer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What a rehearsal needs. source: from the length of the samples, for one sample at a time. makings: what the job
+    makes of each part. drawn: samples of an iteration. states: bytes of the hidden states of a sample of `seqlen`."""
+
+    source: Callable[[int], LiveSource]
+    makings: Sequence[Making]
     seqlen: int
     drawn: int
     states: int
 
     def run(self, part: str, length: int, iters: int) -> Run:
         """Once through `part`, a block or a layer outside the blocks."""
-        made, its, writer = self.source(length), self.steps(iters), Packed(self.formats)
-        needs = max((step.needs for step in its), default=Needs.NOTHING)
+        made = self.source(length)
+        passes, writers = zip(*(making.rehearsed(1, iters) for making in self.makings))
+        needs = max((step.needs for each in passes for step in each.steps), default=Needs.NOTHING)
+        first, *others = passes
         one = OneBlock(made, made.sample(part, needs))
         started = time.perf_counter()
         with Tally() as tally:
-            quantize(one, self.plan, its, [writer])
+            quantize(one, first.plan, first.steps, first.writers, others=others)
         kind = made.execution.device.type
         # A block that is run stores its targets, in main memory here; a layer outside computes its own when asked.
         stored = kind == "cpu" and needs is not Needs.NOTHING and part not in made.anatomy.layers
         targets = self.states * SAMPLES * length // self.seqlen if stored else 0
         return Run(
-            peak=max(0, tally.peak[kind] - targets), kept=writer.nbytes, calls=made.call_bytes // SAMPLES,
-            seconds=time.perf_counter() - started, observing=one.seconds / SAMPLES,
+            peak=max(0, tally.peak[kind] - targets), kept=sum(w.nbytes for w in writers),
+            calls=made.call_bytes // SAMPLES, seconds=time.perf_counter() - started, observing=one.seconds / SAMPLES,
         )  # fmt: skip
 
 

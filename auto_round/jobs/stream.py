@@ -76,6 +76,21 @@ def units(source: TensorSource, plan: Plan, finished: Collection[str] = ()) -> l
     return found
 
 
+def units_of(source: TensorSource, plans: Iterable[Plan], finished: Collection[str] = ()) -> list[Unit]:
+    """The units of all plans: what one has made of a weight that was read, the others make too."""
+    done, found = set(finished), list[Unit]()
+    for plan in plans:
+        found += units(source, plan, done)
+        done |= {layer for unit in found for layer in unit.layers}
+    return found
+
+
+def part_of(plan: Plan, unit: Unit) -> Plan:
+    """What `plan` has for `unit`: a small plan, since the loop looks through all of it for each block."""
+    layers = [name for name in unit.layers if name in plan]
+    return plan.only(layers, [frozenset(layers)] if unit.fused else ())
+
+
 def _must_agree(spec: TensorSpec) -> bool:
     """Whether the layers of a fused set share parameters under `spec`."""
     # Asked with a tiny weight: a list of data types that share something would be a second truth.
@@ -91,22 +106,16 @@ class StreamPass:
     writers: Sequence[StreamWriter]
 
     def part(self, unit: Unit) -> Pass:
-        """What is to be made of `unit` here; a small plan, since the loop looks through all of it for each block."""
-        layers = [name for name in unit.layers if name in self.plan]
-        plan = self.plan.only(layers, [frozenset(layers)] if unit.fused else ())
-        return Pass(plan, self.steps, self.writers)
+        """What is to be made of `unit` here."""
+        return Pass(part_of(self.plan, unit), self.steps, self.writers)
 
 
 def work_of(source: TensorSource, passes: Sequence[StreamPass]) -> list[Unit]:
-    """The units of all passes: what one has made of a weight that was read, the others make too."""
+    """The units of all passes that are not done yet."""
     writers = [writer for each in passes for writer in each.writers]
     # A layer counts once every format has it; one that a single format lacks is made again for all.
     done = set.intersection(*({*writer.finished} for writer in writers)) if writers else set()
-    found: list[Unit] = []
-    for each in passes:
-        found += units(source, each.plan, done)
-        done |= {layer for unit in found for layer in unit.layers}
-    return found
+    return units_of(source, (each.plan for each in passes), done)
 
 
 def stream(

@@ -25,7 +25,7 @@ from auto_round.models.quirks import EMBEDDINGS
 from auto_round.models.shards import parse_size
 from auto_round.models.skeleton import Skeleton, filled
 from auto_round.models.stored import streamed_subject
-from auto_round.models.subject import Subject, check_streamed, open_subject
+from auto_round.models.subject import Candidates, Origin, Subject, check_streamed, open_subject
 from auto_round.options import Options
 from auto_round.planning import weights_alone
 from auto_round.recipes import recipe_named
@@ -103,19 +103,23 @@ class Material:
 
     def _of_tree(self) -> Subject:
         """The model by its module tree."""
-        return open_subject(
-            self.folder,
-            self.model,
-            self.live_model,
+        options = self.options
+        origin = Origin(
+            folder=self.folder,
+            model=self.model,
+            load_live=self.live_model,
             tokenizer=self._tokenizer,
-            trust_remote_code=self.options.trust_remote_code,
-            blocks=self.options.to_quant_block_names,
-            named=parse_layer_config(self.options.layer_config),
-            head=self.options.quant_lm_head,
-            embedding=self._whole or self._embedding_named(),
-            dtype=self.options.model_dtype or "auto",
+            trust_remote_code=options.trust_remote_code,
+            dtype=options.model_dtype or "auto",
             opener=plain.open_folder,
         )
+        candidates = Candidates(
+            blocks=options.to_quant_block_names,
+            named=parse_layer_config(options.layer_config),
+            head=options.quant_lm_head,
+            embedding=self._whole or self._embedding_named(),
+        )
+        return open_subject(origin, candidates)
 
     def _embedding_named(self) -> bool:
         """Whether `layer_config` has the full name of a table of embeddings, which then counts as a layer."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from auto_round import AutoRound
 from auto_round.codecs.base import fake_inputs, preset
 from auto_round.models.anatomy import anatomy
-from auto_round.models.subject import open_subject
+from auto_round.models.subject import Origin, open_subject
 from auto_round.sources.activations import InputGrid
 from auto_round.sources.expert_inputs import quantized_expert_inputs
 
@@ -40,7 +40,7 @@ def expected_layers(name):
 
 def subject_of(folder=None, model=None):
     """The subject of a folder, or of a live model."""
-    return open_subject(folder, model, lambda: model, tokenizer=None, trust_remote_code=False, blocks=None)
+    return open_subject(Origin(folder=folder, model=model, load_live=lambda: model))
 
 
 def files_of(folder):

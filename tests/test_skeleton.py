@@ -12,7 +12,7 @@ from auto_round import AutoRound
 from auto_round.core.errors import ModelError
 from auto_round.models import load
 from auto_round.models.skeleton import Skeleton
-from auto_round.models.subject import open_subject
+from auto_round.models.subject import Origin, open_subject
 
 TUNED = {"iters": 2, "nsamples": 4, "seqlen": 16, "batch_size": 2, "group_size": 32, "disable_opt_rtn": True}
 RTN = {"iters": 0, "disable_opt_rtn": True, "group_size": 32}
@@ -21,9 +21,8 @@ RTN = {"iters": 0, "disable_opt_rtn": True, "group_size": 32}
 def skeleton_of(folder, dtype="auto"):
     """The skeleton of a model folder."""
     subject = open_subject(
-        folder, None, lambda: pytest.fail("loaded as a whole"), tokenizer=None, trust_remote_code=False,
-        blocks=None, dtype=dtype,
-    )  # fmt: skip
+        Origin(folder=folder, load_live=lambda: pytest.fail("loaded as a whole"), dtype=dtype)
+    )
     return Skeleton(subject.tree, subject.located, subject.anatomy.in_order()), subject.anatomy
 
 

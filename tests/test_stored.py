@@ -11,14 +11,12 @@ from auto_round.core.errors import ModelError
 from auto_round.models.checkpoint import TensorInfo
 from auto_round.models.load import open_folder
 from auto_round.models.stored import anatomy_of_names, fused_experts, stored_subject, tells_all
-from auto_round.models.subject import open_subject
+from auto_round.models.subject import Origin, open_subject
 
 
 def by_tree(folder):
     """The subject as the module tree shows it."""
-    return open_subject(
-        folder, None, lambda: pytest.fail("not needed"), tokenizer=None, trust_remote_code=False, blocks=None
-    )
+    return open_subject(Origin(folder=folder, load_live=lambda: pytest.fail("not needed")))
 
 
 @pytest.mark.parametrize("name", [name for name in (*KINDS, *MOES) if name != "gpt-neox"])

@@ -65,34 +65,64 @@ class Subject:
         return layer == self.anatomy.head and self.anatomy.tied
 
 
-def open_subject(
-    folder: Path | None,
-    model: nn.Module | None,
-    load_live: Callable[[], nn.Module],
-    *,
-    tokenizer: Any,
-    trust_remote_code: bool,
-    blocks: Any,
-    named: Collection[str] = (),
-    head: bool = False,
-    embedding: bool = False,
-    dtype: str = "auto",
-    opener: Callable[[Path], ModelFiles] = load.open_folder,
-) -> Subject:
-    """Find layers and files of a model folder, or of a live model when there is no folder.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a model comes from: a folder, or a live model when there is none.
 
-    With a folder of safetensors the module tree is built without weights; `load_live` is called only when the weights
-    are in another form. blocks: narrows the anatomy (`to_quant_block_names`). named, head: layers outside the blocks
-    that may be quantized too. embedding: whether the input embedding counts as a layer.
+    load_live: called only when the weights of the folder are not safetensors, or have names nobody knows.
     opener: how the files of a folder of safetensors are opened.
     """
-    files, tree = _files_and_tree(folder, model, load_live, tokenizer, trust_remote_code, dtype, opener)
-    body = anatomy(tree).narrowed(blocks)
-    if embedding:
+
+    folder: Path | None
+    model: nn.Module | None = None
+    load_live: Callable[[], nn.Module]
+    tokenizer: Any = None
+    trust_remote_code: bool = False
+    dtype: str = "auto"
+    opener: Callable[[Path], ModelFiles] = load.open_folder
+
+    def opened(self) -> tuple[ModelFiles, nn.Module]:
+        """Its files and its module tree, which has no weights where the folder is of safetensors."""
+        folder, model = self.folder, self.model
+        if folder is None:
+            assert model is not None, "a model or a folder is given"
+            return load.of_live_model(model, self.tokenizer), model
+        config = load.read_config(folder)
+        if load.has_weights(folder):
+            if model is None:
+                model = load.skeleton(folder, trust_remote_code=self.trust_remote_code, dtype=self.dtype)
+            return self.opener(folder), model
+        tree = self.load_live()
+        files = load.of_live_model(tree, None)
+        return replace(files, config=config, side_files=load.side_files(folder), savers=()), tree
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """Which layers may be quantized, so that their tensors must be in the checkpoint.
+
+    blocks: narrows the anatomy (`to_quant_block_names`). named, head: layers outside the blocks. embedding: whether the
+    input embedding counts as a layer.
+    """
+
+    blocks: Any = None
+    named: Collection[str] = ()
+    head: bool = False
+    embedding: bool = False
+
+
+IN_BLOCKS = Candidates()
+
+
+def open_subject(origin: Origin, candidates: Candidates = IN_BLOCKS) -> Subject:
+    """Find layers and files of a model. Raises ModelError for a tensor that is missing or of another shape."""
+    files, tree = origin.opened()
+    body = anatomy(tree).narrowed(candidates.blocks)
+    if candidates.embedding:
         body = body.with_embedding(tree)
     # A tied head is not looked for under its own name: checkpoints leave it out.
     own = [layer for layer in body.layers.values() if layer.name != body.head or not body.tied]
-    wanted = {*named, *([body.head] if head else [])}
+    wanted = {*candidates.named, *([body.head] if candidates.head else [])}
     prefix, saved = str(tree.base_model_prefix), SavedNames(tree).renamed
     if files.folder is not None:
         files = replace(files, store=split_store(files.store, body.experts, prefix, whole=True))
@@ -101,7 +131,7 @@ def open_subject(
     if names is None:
         # A checkpoint of other names than transformers knows; those of the live model are always consistent.
         logger.info("tensor names of the checkpoint differ from the model's; writing the model's own names")
-        files = replace(files, store=live_store(load_live()))
+        files = replace(files, store=live_store(origin.load_live()))
         names = names_match(needed, files.store.infos, prefix, saved)
         assert names is not None, "a live model has the tensors of its own layers"
     for layer in own:  # one that stays float needs no name
@@ -149,31 +179,6 @@ def _located(tree: nn.Module, body: Anatomy, files: ModelFiles, names: Mapping[s
     if missing:
         logger.warning("%s: the checkpoint has no tensor of that name; it may have another", missing[0])
     return None if missing else located
-
-
-def _files_and_tree(
-    folder: Path | None,
-    model: nn.Module | None,
-    load_live: Callable[[], nn.Module],
-    tokenizer: Any,
-    trust_remote_code: bool,
-    dtype: str,
-    opener: Callable[[Path], ModelFiles],
-) -> tuple[ModelFiles, nn.Module]:
-    if folder is None:
-        assert model is not None, "a model or a folder is given"
-        return load.of_live_model(model, tokenizer), model
-    config = load.read_config(folder)
-    if load.has_weights(folder):
-        tree = (
-            load.skeleton(folder, trust_remote_code=trust_remote_code, dtype=dtype)
-            if model is None
-            else model
-        )
-        return opener(folder), tree
-    tree = load_live()
-    files = load.of_live_model(tree, None)
-    return replace(files, config=config, side_files=load.side_files(folder), savers=()), tree
 
 
 def _embedding_tensor(tree: nn.Module, files: ModelFiles, prefix: str) -> str:

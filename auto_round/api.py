@@ -104,7 +104,10 @@ class AutoRound:
         at_once: samples that run together, by default as many as were placed. iters: instead of those of the recipe.
         """
         placed = self.placement.micro_batch if self.placement else self.numbers.batch_size
-        return steps_for(plan, self.options, self.subject(), at_once=at_once or placed, iters=iters)
+        data = self.material.calibration
+        return steps_for(
+            plan, self.options, self.subject(), at_once=at_once or placed, iters=iters, data=data
+        )
 
     def quantize(self) -> tuple[nn.Module, dict[str, dict[str, object]]]:
         """Quantize in memory. Returns the model, with the weights that the codes stand for, and layer settings."""

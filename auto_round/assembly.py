@@ -8,13 +8,16 @@ from pathlib import Path
 from auto_round.core.errors import PlanError
 from auto_round.core.plan import Plan
 from auto_round.jobs.starts import start
-from auto_round.models.imatrix import importance_of
+from auto_round.models.imatrix import Origin, importance_of, saver
 from auto_round.models.subject import Subject
 from auto_round.options import Options
 from auto_round.recipes import schedule_named
+from auto_round.sources.dataset import Calibration
+from auto_round.sources.dataset_names import name_of
 from auto_round.steps.base import Step
 from auto_round.steps.inputs import InputRanges, needs_calibration
 from auto_round.steps.keep import Keep
+from auto_round.steps.record import Record
 from auto_round.steps.search import Search
 from auto_round.steps.sign_round import FEW_BITS, SignRound
 
@@ -28,11 +31,12 @@ def steps_for(
     *,
     at_once: int,
     iters: int | None = None,
+    data: Calibration | None = None,
 ) -> list[Step]:
     """The recipe as a list of steps, for the layers of `plan`.
 
     subject: the model. at_once: samples that run together, fewer than the batch size when memory is short.
-    iters: instead of those of the recipe.
+    iters: instead of those of the recipe. data: what the job is calibrated on, as far as it is known yet.
     """
     numbers = options.numbers()
     found: list[Step] = []
@@ -70,9 +74,21 @@ def steps_for(
                 seed=options.seed,
             )
         )
+    if options.save_imatrix is not None:
+        found.append(_record(plan, options, subject, data))
     if subject.files.packed:
         found.append(Keep(subject.quantized))
     return found
+
+
+def _record(plan: Plan, options: Options, subject: Subject, data: Calibration | None) -> Record:
+    """What writes an importance file in the end."""
+    assert options.save_imatrix is not None, "there is to be such a file"
+    samples, seqlen = (0, 1) if data is None else (int(size) for size in data.tokens.shape)
+    padded = None if data is None else data.valid
+    tokens = samples * seqlen if padded is None else int(padded.sum())
+    origin = Origin(samples, seqlen, tokens, (name_of(options.dataset),))
+    return Record(saver(Path(options.save_imatrix), plan, subject.files.config, origin))
 
 
 def _given_search(plan: Plan, options: Options, subject: Subject, kind: str) -> Search:

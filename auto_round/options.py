@@ -81,6 +81,7 @@ class Options:
     max_shard_size: str | int = "5GB"
     split_size: str | int | None = None
     imatrix: str | None = None
+    save_imatrix: str | None = None
 
     nblocks: int = 1
     enable_alg_ext: bool = False
@@ -123,6 +124,8 @@ class Options:
             raise PlanError(
                 f"act_percentile must be 50 to 100, got {self.act_percentile!r}; 100 is the maximum"
             )
+        if self.save_imatrix is not None and self.resume:
+            raise PlanError("save_imatrix: a journal does not hold importance, so leave resume out")
         schedule_named(self.lr_scheduler)
         if not self.numbers().iters:
             for name in TUNING_ONLY:

@@ -20,7 +20,7 @@ from auto_round.models.imatrix import origin_of, read_imatrix
 from auto_round.models.shards import parse_size
 from auto_round.models.subject import Subject
 from auto_round.options import Options
-from auto_round.sources.dataset_names import DEFAULT_DATASET
+from auto_round.sources.dataset_names import name_of
 from auto_round.version import __version__
 
 
@@ -108,9 +108,7 @@ def _importance(material: Material, plan: Plan) -> dict[str, object]:
         return {"file": path.name, "entries_count": len(read_imatrix(path)), **origin_of(path)}
     if data is None:
         return {}
-    dataset = DEFAULT_DATASET if options.dataset is None else options.dataset
-    named = dataset if isinstance(dataset, str) else type(dataset).__name__
-    return {"dataset": named, "entries_count": entries, "chunks_count": len(data.tokens)}
+    return {"dataset": name_of(options.dataset), "entries_count": entries, "chunks_count": len(data.tokens)}
 
 
 def _cache_scales(material: Material, fmt: Format) -> dict[str, torch.Tensor]:

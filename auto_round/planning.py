@@ -154,6 +154,8 @@ def weights_alone(options: Options, base: Scheme) -> bool:
     """Whether weights are all that this job will look at, whatever data there is."""
     numbers = options.numbers()
     plain = options.model_free or (numbers.iters == 0 and numbers.disable_opt_rtn)
+    if options.save_imatrix is not None:
+        return False
     given = schemes_of(parse_layer_config(options.layer_config), base, preset).values()
     acts = [scheme.act for scheme in (base, *given) if scheme.act is not None]
     if any(codec_of(act).needs_range(act) for act in acts):

@@ -13,7 +13,7 @@ import torch
 from auto_round import AutoRound
 from auto_round.core.errors import AutoRoundError, DataError, FormatError, ModelError, OutputError, PlanError
 from auto_round.formats.base import formats
-from auto_round.models.imatrix import read_imatrix, write_imatrix
+from auto_round.models.imatrix import Origin, read_imatrix, write_imatrix
 from tests import models
 
 GGUFS = [fmt for fmt in formats().values() if fmt.whole_model]
@@ -244,7 +244,7 @@ def means_of(names, columns=256):
 def test_importance_files_are_read_as_they_were_written(tmp_path):
     means = means_of(["blk.0.attn_q.weight", "output.weight"])
     means["blk.0.ffn_down_exps.weight"] = torch.rand(4, 256)
-    write_imatrix(tmp_path / "i.gguf", means, tokens=512, seqlen=128, datasets=["a.txt"])
+    write_imatrix(tmp_path / "i.gguf", means, Origin(4, 128, 512, ("a.txt",)))
     found = read_imatrix(tmp_path / "i.gguf")
     assert found.keys() == means.keys()
     assert all(torch.allclose(found[name], means[name]) for name in means)
@@ -257,10 +257,79 @@ def test_the_older_importance_files_are_read(tmp_path):
     assert read_imatrix(tmp_path / "i.dat")["blk.0.attn_q.weight"].tolist() == [0, 1, 2, 3]
 
 
+def squares_seen(folder, tokens, names):
+    """Mean squares of the inputs of linear layers in the float model."""
+    model, found, hooks = models.loaded(folder), {}, []
+    for name in names:
+        add = lambda _, args, name=name: found.update({name: args[0].float().flatten(0, -2).square().mean(0)})  # noqa: E731
+        hooks.append(model.get_submodule(name).register_forward_pre_hook(add))
+    with torch.no_grad():
+        model(input_ids=tokens)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ending", "more"),
+    [
+        ("gguf", {"format": "gguf:q4_0,gguf:q8_0", "iters": 2}),
+        ("dat", {"format": "gguf:q4_0"}),
+        ("imatrix", {"format": "auto_round", "disable_opt_rtn": True, "group_size": 32}),
+    ],
+)
+def test_a_run_leaves_the_importance_that_it_measured(llama, tmp_path, ending, more):
+    tokens, path = models.samples(8, 16), tmp_path / f"i.{ending}"
+    job = AutoRound(llama, dataset=tokens, seqlen=16, save_imatrix=str(path), **{"iters": 0, **more})
+    job.quantize_and_save(tmp_path / "out")
+    layers = {
+        "model.layers.1.mlp.down_proj": "blk.1.ffn_down",
+        "model.layers.0.self_attn.k_proj": "blk.0.attn_k",
+    }
+    found, seen = read_imatrix(path), squares_seen(llama, torch.stack(tokens), layers)
+    assert len(found) == 14 + (ending != "imatrix")  # a gguf file quantizes the head too
+    for layer, name in layers.items():
+        torch.testing.assert_close(found[f"{name}.weight"], seen[layer], rtol=2e-2, atol=1e-5)
+    assert [path.name for path in tmp_path.iterdir()] in ([path.name, "out"], ["out", path.name])
+
+
+def test_importance_of_experts_comes_with_the_tokens_of_each(tmp_path):
+    models.tiny("mixtral", tmp_path / "m")
+    settings = {"dataset": models.samples(16, 64), "seqlen": 64, "iters": 0, "disable_opt_rtn": True}
+    AutoRound(
+        tmp_path / "m", group_size=32, save_imatrix=str(tmp_path / "i.gguf"), **settings
+    ).quantize_and_save(tmp_path / "out")
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "i.gguf").tensors}
+    experts = tensors["blk.0.ffn_down_exps.weight.in_sum2"]
+    counts = tensors["blk.0.ffn_down_exps.weight.counts"]
+    assert counts.shape == (len(experts), 1) and tensors["blk.0.attn_q.weight.counts"].tolist() == [[1024.0]]
+    # Every token goes to two experts; a starved one is known by all tokens.
+    assert counts.sum() == 2048 or 1024 in counts
+    means = read_imatrix(tmp_path / "i.gguf")["blk.0.ffn_down_exps.weight"]
+    assert means.shape == experts.shape and bool((means > 0).all())
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"save_imatrix": "i.txt"}, DataError, "must end in one of .gguf, .dat, .imatrix"),
+        ({"save_imatrix": "missing/i.gguf"}, OutputError, "there is no folder missing"),
+        ({"save_imatrix": "i.gguf", "nsamples": 0}, DataError, "need data"),
+        ({"save_imatrix": "i.gguf", "model_free": True}, PlanError, "model_free"),
+        ({"save_imatrix": "i.gguf", "resume": True}, PlanError, "leave resume out"),
+    ],
+)
+def test_importance_that_cannot_be_saved_is_refused_before_any_work(llama, tmp_path, settings, error, words):
+    with pytest.raises(error, match=words):
+        AutoRound(
+            llama,
+            **{"format": "gguf:q4_0", "iters": 0, "dataset": models.samples(4), "seqlen": 16, **settings},
+        ).quantize_and_save(tmp_path / "out")
+    assert nothing_left(tmp_path / "out")
+
+
 def test_a_given_importance_decides_the_search(llama, tmp_path):
     weights = torch.ones(256)
     weights[::16] = 1e4
-    write_imatrix(tmp_path / "i.gguf", {"blk.0.attn_q.weight": weights}, tokens=8, seqlen=8, datasets=[])
+    write_imatrix(tmp_path / "i.gguf", {"blk.0.attn_q.weight": weights}, Origin(1, 8, 8))
     data = {"format": "gguf:q2_k_s", "iters": 0, "nsamples": 0}
     weight = floats(made(llama, tmp_path / "f", format="gguf:bf16"), "blk.0.attn_q.weight")
     errors = []

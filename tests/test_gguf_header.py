@@ -19,7 +19,7 @@ from auto_round.jobs import gguf_export
 from auto_round.jobs.gguf_export import GgufWriter
 from auto_round.jobs.gguf_header import making_of, model_name
 from auto_round.models.checkpoint import Checkpoint
-from auto_round.models.imatrix import origin_of, read_imatrix, write_imatrix
+from auto_round.models.imatrix import Origin, origin_of, read_imatrix, write_imatrix
 from auto_round.models.load import ModelFiles
 from auto_round.version import __version__
 from tests import models
@@ -107,7 +107,7 @@ def test_calibration_data_is_named_as_the_origin_of_importance(llama, tmp_path):
 @pytest.mark.parametrize("name", ["i.gguf", "i.imatrix"])
 def test_an_importance_file_is_named_with_what_it_says_of_itself(llama, tmp_path, name):
     means = {"blk.0.attn_q.weight": torch.rand(256), "output.weight": torch.rand(256)}
-    write_imatrix(tmp_path / name, means, tokens=512, seqlen=128, datasets=["wiki.txt"])
+    write_imatrix(tmp_path / name, means, Origin(4, 128, 512, ("wiki.txt",)))
     read = read_imatrix(tmp_path / name)
     assert all(torch.allclose(read[key], means[key]) for key in means) and read.keys() == means.keys()
     _, found = made(llama, tmp_path / "out", imatrix=str(tmp_path / name), model_free=False, nsamples=0)
@@ -122,7 +122,7 @@ def test_older_importance_files_without_an_end_have_no_origin(tmp_path):
 
 
 def test_a_truncated_importance_file_is_an_error(llama, tmp_path):
-    write_imatrix(tmp_path / "i.imatrix", {"a": torch.rand(64)}, tokens=8, seqlen=8, datasets=[])
+    write_imatrix(tmp_path / "i.imatrix", {"a": torch.rand(64)}, Origin(1, 8, 8))
     content = (tmp_path / "i.imatrix").read_bytes()
     for size in (5, 20, 100):
         (tmp_path / "cut").write_bytes(content[:size])

@@ -172,6 +172,10 @@ class Machine:
         Text,
         _flag("imatrix", help="Importance file of llama.cpp, in the place of data when scales are searched."),
     ] = None
+    save_imatrix: Annotated[
+        Text,
+        _flag("save-imatrix", help="Write such a file of the calibration data: FILE.gguf, .dat or .imatrix."),
+    ] = None
     nsamples: Annotated[Number, _flag("nsamples", "nsample", help="Calibration samples.")] = None
     seqlen: Annotated[Number, _flag("seqlen", "seq-len", help="Tokens per sample.")] = None
     device_map: Annotated[

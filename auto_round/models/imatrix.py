@@ -5,18 +5,21 @@ Both forms are read and written: GGUF (`general.type` "imatrix"; sums and counts
 
 from __future__ import annotations
 
+import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from auto_round.core.errors import DataError
+from auto_round.core.errors import DataError, OutputError
 from auto_round.models.gguf_metadata import block_count, language_config
 from auto_round.models.gguf_names import Config, Names, architecture_of
 
+ENDINGS = (".gguf", ".dat", ".imatrix")  # the newer form, and two names of the older one
 SUMS, COUNTS = ".in_sum2", ".counts"
 MOST_NAME, MOST_VALUES = 1 << 10, 1 << 28  # beyond these, a file is no importance file
 
@@ -100,31 +103,53 @@ def _number(file: BinaryIO, most: int) -> int:
     return int(value)
 
 
-def write_imatrix(
-    path: Path, means: Mapping[str, Tensor], *, tokens: int, seqlen: int, datasets: Sequence[str]
-) -> None:
-    """An importance file of mean squares by llama.cpp's names, measured on so many tokens.
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What importance was measured on: so many samples of `seqlen` tokens, of which `tokens` are no padding."""
 
-    In GGUF for a `path` of that ending, in the older form for any other; that one has one count for all experts.
+    samples: int
+    seqlen: int
+    tokens: int
+    datasets: tuple[str, ...] = ()
+
+
+def write_imatrix(
+    path: Path, means: Mapping[str, Tensor], origin: Origin, counts: Mapping[str, Tensor] | None = None
+) -> None:
+    """An importance file of mean squares by llama.cpp's names, (I,) or, for stacked experts, (E, I).
+
+    counts: tokens of every expert, (E,), where they did not all see the same. In GGUF for a `path` of that ending, in
+    the older form for any other; that one has one count for all experts. Raises OutputError.
     """
-    chunks = max(1, tokens // seqlen)
-    if path.suffix != ".gguf":
-        _write_binary(path, means, chunks, ",".join(datasets))
-        return
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        if path.suffix == ".gguf":
+            _write_gguf(partial, means, origin, counts or {})
+        else:
+            _write_binary(partial, means, max(1, origin.samples), ",".join(origin.datasets))
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"imatrix {path} cannot be written: {error}") from error
+
+
+def _write_gguf(
+    path: Path, means: Mapping[str, Tensor], origin: Origin, counts: Mapping[str, Tensor]
+) -> None:
     import gguf
+    import numpy as np
 
     writer = gguf.GGUFWriter(path, arch="")
     writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", list(datasets))
-    writer.add_uint32("imatrix.chunk_count", chunks)
-    writer.add_uint32("imatrix.chunk_size", seqlen)
+    writer.add_array("imatrix.datasets", list(origin.datasets) or ["unknown"])
+    writer.add_uint32("imatrix.chunk_count", max(1, origin.samples))
+    writer.add_uint32("imatrix.chunk_size", origin.seqlen)
     for name, values in means.items():
         rows = values.reshape(-1, values.shape[-1]).float()
+        seen = counts.get(name, torch.tensor(origin.tokens)).expand(len(rows)).unsqueeze(1)
         # The file has sums; readers divide by the counts.
-        writer.add_tensor(name + SUMS, (rows * tokens).numpy())
-        writer.add_tensor(
-            name + COUNTS, torch.full((len(rows), 1), float(tokens), dtype=torch.float32).numpy()
-        )
+        writer.add_tensor(name + SUMS, (rows * seen).numpy().astype(np.float32))
+        writer.add_tensor(name + COUNTS, seen.numpy().astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -141,6 +166,43 @@ def _write_binary(path: Path, means: Mapping[str, Tensor], chunks: int, datasets
             file.write(flat.numpy().astype("<f4").tobytes())
         text = datasets.encode()
         file.write(struct.pack("<ii", chunks, len(text)) + text)
+
+
+def saver(
+    path: Path, layers: Iterable[str], config: Config, origin: Origin
+) -> Callable[[Mapping[str, Tensor], Mapping[str, int]], None]:
+    """A function that writes sums of squares by layer to `path`: see `steps.record.Record`.
+
+    What can be wrong with the file's name or the model is found out here, before any work: raises DataError for an
+    ending of no importance file, OutputError for a missing folder, ModelError for a model that llama.cpp does not have.
+    """
+    if path.suffix not in ENDINGS:
+        raise DataError(f"save_imatrix {path}: the name must end in one of {', '.join(ENDINGS)}")
+    if not path.parent.is_dir():
+        raise OutputError(f"save_imatrix {path}: there is no folder {path.parent}")
+    full = language_config(config)
+    names = Names(architecture_of(full), block_count(full))
+    places = {layer: names.place(f"{layer}.weight") for layer in layers}
+
+    def save(sums: Mapping[str, Tensor], tokens: Mapping[str, int]) -> None:
+        stacks: dict[str, dict[int, str]] = {}
+        for layer in sums:
+            place = places[layer]
+            assert place is not None, "a layer is no buffer"
+            stacks.setdefault(place.name, {})[place.expert or 0] = layer
+        means, counts = {}, {}
+        for name, members in stacks.items():
+            every = [members.get(expert) for expert in range(max(members) + 1)]
+            # llama.cpp takes an expert without any token as one whose inputs are all alike.
+            seen = [0 if layer is None else tokens.get(layer, origin.tokens) for layer in every]
+            nothing = torch.zeros_like(next(iter(sums[layer] for layer in members.values())))
+            rows = [nothing if layer is None else sums[layer] / max(1, n) for layer, n in zip(every, seen)]
+            means[name], counts[name] = torch.stack(rows), torch.tensor(seen)
+        write_imatrix(
+            path, {n: rows[0] if len(rows) == 1 else rows for n, rows in means.items()}, origin, counts
+        )
+
+    return save
 
 
 def importance_of(path: Path, shapes: Mapping[str, tuple[int, int]], config: Config) -> dict[str, Tensor]:

@@ -24,6 +24,15 @@ class Known:
 
 
 DEFAULT_DATASET = "NeelNanda/pile-10k"  # upstream's default, too
+
+
+def name_of(dataset: object) -> str:
+    """What a file says about its data: their name, or what kind of object they were given as."""
+    if dataset is None:
+        return DEFAULT_DATASET
+    return dataset if isinstance(dataset, str) else type(dataset).__name__
+
+
 KNOWN = (
     Known(
         names=("NeelNanda/pile-10k", "pile-10k"),

@@ -22,7 +22,7 @@ import transformers
 from auto_round import AutoRound
 from auto_round.formats.base import format_named
 from auto_round.models.gguf_names import ARCHITECTURES, Names
-from auto_round.models.imatrix import write_imatrix
+from auto_round.models.imatrix import Origin, write_imatrix
 
 HERE = Path(__file__).parent
 NOVELIST = HERE.parent.parent / "examples" / "novelist-8m"
@@ -158,8 +158,8 @@ def main():
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         np.savez(place / "imatrix.npz", **{name: values.numpy() for name, values in means.items()})
-        origin = {"tokens": calibration.numel(), "seqlen": LENGTH, "datasets": [options.calibration.name]}
-        write_imatrix(place / "i.gguf", means, **origin)
+        origin = Origin(len(calibration), LENGTH, calibration.numel(), (options.calibration.name,))
+        write_imatrix(place / "i.gguf", means, origin)
         bf16 = AutoRound(options.model, format="gguf:bf16", iters=0, model_free=True)
         bf16.quantize_and_save(place / "bf16")
         (plain,) = (place / "bf16").glob("*.gguf")

@@ -33,7 +33,6 @@ from auto_round.sources import plain
 from auto_round.sources.base import Needs
 from auto_round.sources.dataset import Calibration, Request, load_calibration
 from auto_round.sources.dataset_names import DEFAULT_DATASET
-from auto_round.sources.kv_cache import cache_ranges
 from auto_round.sources.self_text import TOGETHER, Author, bytes_of_one
 
 logger = logging.getLogger("auto_round")
@@ -289,6 +288,10 @@ class Material:
     def cache_ranges(self) -> Mapping[str, tuple[Tensor, Tensor]]:
         """What the keys and values of every layer reach on the calibration data; measured once."""
         if self._cache_ranges is None:
+            from auto_round.sources.kv_cache import (
+                cache_ranges,
+            )  # a cache of transformers', seconds to import
+
             data = self.data(required=True)
             assert data is not None, "required data is there or an error"
             model = self.live_model()

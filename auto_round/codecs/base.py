@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from auto_round.core.buffers import buffer
 from auto_round.core.errors import SchemeError, nearest
 from auto_round.core.groups import split
 from auto_round.core.quantized import NEUTRAL, Knob, Knobs, Quantized
@@ -171,7 +172,7 @@ def codec_of(spec: TensorSpec) -> Codec:
     return known[spec.dtype]
 
 
-CHUNK = 1 << 18
+CHUNK = 1 << 20
 """Values handled at a time on the CPU: their float32 copies then stay in the cache of a core."""
 
 
@@ -183,12 +184,19 @@ def encode(w: Tensor, spec: TensorSpec, knobs: Knobs = NEUTRAL) -> Quantized:
     rows = None if unit is None else max(unit, CHUNK // max(1, w.shape[1]) // unit * unit)  # whole units
     if rows is None or rows >= w.shape[0]:
         return codec.quantize(w, spec, knobs)
-    parts = [slice(start, min(start + rows, w.shape[0])) for start in range(0, w.shape[0], rows)]
-    done = []
-    for part in parts:
-        own = {key: _rows_of(knob, part, w.shape[0], unit or 1) for key, knob in knobs.items()}
-        done.append(codec.quantize(w[part], spec, own).tensors())
-    whole = {key: torch.cat([tensors[key] for tensors in done]) for key in done[0]}
+    unit, units = unit or 1, -(-w.shape[0] // (unit or 1))
+    whole: dict[str, Tensor] = {}
+    for start in range(0, w.shape[0], rows):
+        part = slice(start, min(start + rows, w.shape[0]))
+        own = {key: _rows_of(knob, part, w.shape[0], unit) for key, knob in knobs.items()}
+        made = codec.quantize(w[part], spec, own).tensors()
+        if not whole:
+            sizes = {key: (len(t) * unit // rows * units, *t.shape[1:]) for key, t in made.items()}
+            whole = {key: buffer(sizes[key], t.dtype) for key, t in made.items()}
+        for key, tensor in made.items():
+            # Put in place while it is in the cache: joining all parts at the end would read them from memory again.
+            at = start // unit * (len(whole[key]) // units)
+            whole[key][at : at + len(tensor)] = tensor
     return Quantized(spec=spec, shape=(w.shape[0], w.shape[1]), codes=whole.pop("codes"), params=whole)
 
 

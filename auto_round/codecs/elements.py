@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from auto_round.codecs.base import Codec, group_weights
+from auto_round.core import rows
 from auto_round.core.groups import group_count, group_size, merge, split
 from auto_round.core.minifloat import Best, MiniFloat, scaled
 from auto_round.core.quantized import NEUTRAL, Knob, Knobs, Quantized
@@ -77,14 +79,26 @@ class ElementCodec(Codec):
 
     def quantize(self, w: Tensor, spec: TensorSpec, knobs: Knobs = NEUTRAL) -> Quantized:
         """uint8 element codes (G, K); params "scale" (G, 1) and whatever else the codec stores."""
-        groups, shape = split(w.float(), spec.group), (w.shape[0], w.shape[1])
-        grid = self.grid(_largest(groups), spec, knobs)
-        element = self.element(spec)
-        # Divided by the scale as stored, which is what a reader multiplies by.
-        codes = element.encode(element.near(groups / self.multiplier(grid), knobs.get("round")))
-        # Offsets may not write into the padding: it is not stored, and reads back as zero.
-        codes = split(merge(codes, shape, spec.group), spec.group)
+        shape, element = (w.shape[0], w.shape[1]), self.element(spec)
+        found = None if "round" in knobs else self._compiled(w, spec, knobs)
+        if found is None:
+            groups = split(w.float(), spec.group)
+            grid = self.grid(_largest(groups), spec, knobs)
+            # Divided by the scale as stored, which is what a reader multiplies by.
+            codes = element.encode(element.near(groups / self.multiplier(grid), knobs.get("round")))
+            # Offsets may not write into the padding: it is not stored, and reads back as zero.
+            found = grid, split(merge(codes, shape, spec.group), spec.group)
+        grid, codes = found
         return Quantized(spec=spec, shape=shape, codes=codes, params=self.store(grid, spec))
+
+    def _compiled(self, w: Tensor, spec: TensorSpec, knobs: Knobs) -> tuple[dict[str, Tensor], Tensor] | None:
+        """Grid and codes (G, K) of `w` (O, I) as C finds them, or None where that is torch's to do."""
+        ends = rows.ranges(w, spec.group)
+        if ends is None:
+            return None
+        grid = self.grid(torch.maximum(-ends[0], ends[1]), spec, knobs)
+        codes = rows.elements(w, spec.group, self.multiplier(grid), self.element(spec))
+        return None if codes is None else (grid, codes)
 
     def dequantize(self, q: Quantized) -> Tensor:
         """element * scale in float32, (O, I)."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from auto_round.codecs.base import Codec, group_weights
+from auto_round.core import rows
 from auto_round.core.groups import group_count, group_size, merge, split
 from auto_round.core.layouts import middle
 from auto_round.core.quantized import NEUTRAL, Knob, Knobs, Quantized
@@ -99,10 +100,13 @@ class Integer(Codec):
 
     def quantize(self, w: Tensor, spec: TensorSpec, knobs: Knobs = NEUTRAL) -> Quantized:
         """uint8 codes (G, K); params scale (G, 1) and, when asymmetric, zero (G, 1) uint8."""
-        # float32: a ratio in bfloat16 has 8 bits, too few to tell which of 256 codes is nearest.
-        groups = split(w.float(), spec.group)
-        grid = self._grid(groups, spec, knobs)
-        codes = _codes(groups, grid, spec, knobs.get("round"))
+        found = _compiled(w, spec, knobs)
+        if found is None:
+            # float32: a ratio in bfloat16 has 8 bits, too few to tell which of 256 codes is nearest.
+            groups = split(w.float(), spec.group)
+            grid = self._grid(groups, spec, knobs)
+            found = grid, _codes(groups, grid, spec, knobs.get("round"))
+        grid, codes = found
         params = {"scale": grid.scale.to(STORAGE[spec.scale_dtype])}
         if isinstance(grid.zero, Tensor):
             params["zero"] = grid.zero.to(torch.uint8)
@@ -241,6 +245,17 @@ def _grid(low: Tensor, high: Tensor, spec: TensorSpec) -> Grid:
     ratio = -low / scale
     zero = ratio + (ratio.round() - ratio).detach()
     return Grid(scale, zero.clamp(LEAST_ZERO, _top(spec)))
+
+
+def _compiled(w: Tensor, spec: TensorSpec, knobs: Knobs) -> tuple[Grid, Tensor] | None:
+    """Grid and codes (G, K) of `w` (O, I) as C finds them, or None where that is torch's to do."""
+    ends = _range(w, spec, knobs) if "scale" in knobs else rows.ranges(w, spec.group)
+    if ends is None or "round" in knobs:
+        return None
+    # The grid is torch's here too: it has one value per group, and its rules stand in one place.
+    grid = _grid(ends[0] * knobs.get("low", 1.0), ends[1] * knobs.get("high", 1.0), spec)
+    codes = rows.integers(w, spec.group, grid.scale, grid.zero, _top(spec))
+    return None if codes is None else (grid, codes)
 
 
 def _lifted(low: Tensor, high: Tensor, spec: TensorSpec) -> Tensor:

@@ -4,14 +4,20 @@ Value k of a column occupies bits [k * bits, (k + 1) * bits) of the column's bit
 may straddle two words. For 3 bits this is the layout that GPTQ checkpoints use.
 """
 
+import ctypes
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from auto_round.core.buffers import buffer
+from auto_round.core.native import EXACT, library
+
 WORD = 32
 PAIRED = (2, 4, 8)
 """Widths that divide a byte: neighbours are joined two at a time, which takes few passes over memory."""
+SOURCE = Path(__file__).with_name("bits.c")
 
 
 def values_per_cycle(bits: int) -> int:
@@ -25,14 +31,44 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     N must be a multiple of `values_per_cycle(bits)`. Works on the meta device. Raises ValueError otherwise.
     Fastest for the transpose of a contiguous matrix.
     """
-    cycle = values_per_cycle(bits)
-    if codes.shape[0] % cycle:
-        raise ValueError(
-            f"{codes.shape[0]} codes of {bits} bits do not fill whole words: need a multiple of {cycle}"
-        )
+    packed = _packed(codes.t(), bits, transposed=True)
+    if packed is not None:
+        return packed
     # One bit stream per row of memory, so that neighbours can be joined where they lie.
     rows = codes.to(torch.uint8).t().contiguous()
     return (_join_pairs if bits in PAIRED else _pack_cycles)(rows, bits).t().contiguous()
+
+
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """Pack along the last axis: (M, N) codes to (M, N * bits / 32) int32. Otherwise as `pack`."""
+    packed = _packed(codes, bits, transposed=False)
+    return pack(codes.t(), bits).t().contiguous() if packed is None else packed
+
+
+def _packed(rows: Tensor, bits: int, *, transposed: bool) -> Tensor | None:
+    """(M, N) codes as words by C, (M, W) or `transposed` (W, M); None where torch has to."""
+    count, length = rows.shape
+    cycle = values_per_cycle(bits)
+    if length % cycle:
+        raise ValueError(f"{length} codes of {bits} bits do not fill whole words: need a multiple of {cycle}")
+    rows, functions = rows.to(torch.uint8), _functions(rows)
+    if functions is None:
+        return None
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    each = length * bits // WORD
+    words = buffer((each, count) if transposed else (count, each), torch.int32)
+    sizes = map(ctypes.c_ssize_t, (count, length, rows.stride(0)))
+    steps = map(ctypes.c_ssize_t, (1, count) if transposed else (each, 1))
+    functions.pack(_address(rows), *sizes, bits, _address(words), *steps)
+    return words
+
+
+def _functions(tensor: Tensor) -> ctypes.CDLL | None:
+    return library(SOURCE, EXACT) if tensor.device.type == "cpu" else None
+
+
+def _address(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
 def _join_pairs(rows: Tensor, bits: int) -> Tensor:
@@ -69,8 +105,15 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     per_cycle = cycle * bits // WORD
     if words.shape[0] % per_cycle:
         raise ValueError(f"{words.shape[0]} words hold no whole number of {cycle} codes of {bits} bits")
-    rows = words.t().contiguous()
-    return (_split_pairs if bits in PAIRED else _unpack_cycles)(rows, bits).t()
+    functions = _functions(words)
+    if functions is None:
+        rows = words.t().contiguous()
+        return (_split_pairs if bits in PAIRED else _unpack_cycles)(rows, bits).t()
+    length, count = words.shape[0] * WORD // bits, words.shape[1]
+    codes = buffer((count, length), torch.uint8)
+    sizes = map(ctypes.c_ssize_t, (count, length, words.stride(1), words.stride(0)))
+    functions.unpack(_address(words), *sizes, bits, _address(codes))
+    return codes.t()
 
 
 def _split_pairs(rows: Tensor, bits: int) -> Tensor:
@@ -100,3 +143,35 @@ def _unpack_cycles(rows: Tensor, bits: int) -> Tensor:
             value = low | (grouped[..., word + 1] << (WORD - offset))
         codes[..., k] = (value & mask).to(torch.uint8)
     return codes.flatten(1)
+
+
+AWQ_NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # column held by each nibble of a word, lowest nibble first
+AWQ_BITS = 4  # the gemm kernels have no other width
+
+
+def pack_awq(codes: Tensor) -> Tensor:
+    """(N, M) codes of 4 bits to (N, M / 8) int32, eight neighbours of the last axis in a word, in AWQ's order."""
+    functions = _functions(codes)
+    if functions is not None and codes.dtype == torch.uint8 and codes.stride(0) == 1:
+        count, lines = codes.shape
+        words = buffer((count, lines // 8), torch.int32)
+        sizes = map(ctypes.c_ssize_t, (lines, count, codes.stride(1)))
+        functions.pack_awq(_address(codes), *sizes, _address(words))
+        return words
+    order = torch.tensor(AWQ_NIBBLES, device=codes.device)
+    # Columns a to h become the word 0xhfdbgeca: even columns in the low half, odd ones in the high half.
+    return pack_rows(codes.reshape(codes.shape[0], -1, 8)[..., order].flatten(1), AWQ_BITS)
+
+
+def unpack_awq(words: Tensor) -> Tensor:
+    """The inverse of `pack_awq`."""
+    functions = _functions(words)
+    if functions is not None:
+        count, lines = words.shape[0], words.shape[1] * 8
+        codes = buffer((lines, count), torch.uint8)
+        sizes = map(ctypes.c_ssize_t, (lines, count))
+        functions.unpack_awq(_address(words := words.contiguous()), *sizes, _address(codes))
+        return codes.t()
+    order = torch.tensor(AWQ_NIBBLES, device=words.device).argsort()  # the inverse permutation
+    codes = unpack(words.t(), AWQ_BITS).t()
+    return codes.reshape(codes.shape[0], -1, 8)[..., order].flatten(1)

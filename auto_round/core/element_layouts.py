@@ -67,9 +67,9 @@ def read_elements(tensors: Mapping[str, Tensor], spec: TensorSpec, shape: tuple[
 def _pack(codes: Tensor, bits: int) -> Tensor:
     """(O, I) codes to (O, I * bits / 8) bytes."""
     # Two nibbles fill a byte, so rows need not fill the whole words that `packing` asks for; the bytes are the same.
-    if bits == 4:
+    if bits == 4 and codes.shape[1] % 8:
         return codes[:, 0::2] | (codes[:, 1::2] << 4)
-    return packing.pack(codes.t(), bits).t().contiguous().view(torch.uint8)
+    return packing.pack_rows(codes, bits).view(torch.uint8)
 
 
 def _unpack(stored: Tensor, bits: int) -> Tensor:

@@ -16,8 +16,7 @@ from auto_round.core.groups import groups_per_row, merge, split
 from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import TensorSpec
 
-AWQ_NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # column held by each nibble of a word, lowest nibble first
-AWQ_BITS = 4  # the gemm kernels have no other width
+AWQ_BITS = packing.AWQ_BITS
 
 
 def middle(spec: TensorSpec) -> int:
@@ -88,8 +87,8 @@ def write_awq(q: Quantized) -> dict[str, Tensor]:
     """AWQ (gemm) tensors of a 4-bit `q`; zero points are stored as they are."""
     codes = merge(q.codes, q.shape, q.spec.group).t()
     return {
-        "qweight": _pack_awq(codes),
-        "qzeros": _pack_awq(_across(zeros_of(q), q.shape)),
+        "qweight": packing.pack_awq(codes),
+        "qzeros": packing.pack_awq(_across(zeros_of(q), q.shape)),
         "scales": _across(q.params["scale"], q.shape),
     }
 
@@ -99,26 +98,8 @@ def read_awq(tensors: dict[str, Tensor], spec: TensorSpec, shape: tuple[int, int
     groups, words = groups_per_row(shape, spec.group), shape[0] * AWQ_BITS // packing.WORD
     expected = {"qweight": (shape[1], words), "qzeros": (groups, words), "scales": (groups, shape[0])}
     check_shapes(tensors, expected)
-    codes = _unpack_awq(tensors["qweight"]).t()
-    return _quantized(codes, _unpack_awq(tensors["qzeros"]), tensors["scales"], spec, shape)
-
-
-def _pack_awq(codes: Tensor) -> Tensor:
-    """(N, O) codes to (N, O / 8) int32."""
-    order = torch.tensor(AWQ_NIBBLES, device=codes.device)
-    return (
-        # Columns a to h become the word 0xhfdbgeca: even columns in the low half, odd ones in the high half.
-        packing.pack(codes.reshape(codes.shape[0], -1, 8)[..., order].flatten(1).t(), AWQ_BITS)
-        .t()
-        .contiguous()
-    )
-
-
-def _unpack_awq(words: Tensor) -> Tensor:
-    """(N, O / 8) int32 to (N, O) codes."""
-    order = torch.tensor(AWQ_NIBBLES, device=words.device).argsort()  # the inverse permutation
-    codes = packing.unpack(words.t(), AWQ_BITS).t()
-    return codes.reshape(codes.shape[0], -1, 8)[..., order].flatten(1)
+    codes = packing.unpack_awq(tensors["qweight"]).t()
+    return _quantized(codes, packing.unpack_awq(tensors["qzeros"]), tensors["scales"], spec, shape)
 
 
 def _quantized(

@@ -30,14 +30,20 @@ FAST = (
     "-fno-trapping-math",
     "-fno-math-errno",
 )
-FLAGS = ("-O3", *FAST, "-shared", "-fPIC")
+# Loops are vectorized, but every operation is rounded by itself, as torch does it: no sums in another order, no
+# reciprocals, no multiplication and addition in one.
+EXACT = ("-fno-trapping-math", "-fno-math-errno", "-ffp-contract=off")
+FLAGS = ("-O3", "-shared", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
 TIMEOUT = 120  # seconds
 
 
 @cache
-def library(source: Path) -> ctypes.CDLL | None:
-    """The functions of the C file `source`, or None, and the reason in the log, when it cannot be compiled here."""
+def library(source: Path, arithmetic: tuple[str, ...] = FAST) -> ctypes.CDLL | None:
+    """The functions of the C file `source`, or None, and the reason in the log, when it cannot be compiled here.
+
+    arithmetic: flags that say what the compiler may do with it, `FAST` or `EXACT`.
+    """
     compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
     if compiler is None:
         logger.info(
@@ -45,7 +51,9 @@ def library(source: Path) -> ctypes.CDLL | None:
         )
         return None
     try:
-        return ctypes.CDLL(str(compiled([compiler, *FLAGS], source, link=["-lm"], timeout=TIMEOUT)))
+        return ctypes.CDLL(
+            str(compiled([compiler, *FLAGS, *arithmetic], source, link=["-lm"], timeout=TIMEOUT))
+        )
     except subprocess.CalledProcessError as error:
         reason = error.stderr.strip().splitlines()[:1]  # the first line says it; the rest is context
         logger.info(

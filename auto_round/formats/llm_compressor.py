@@ -134,7 +134,7 @@ class LLMCompressor(Format):
             signed = (codes.to(torch.int16) - middle(q.spec)).to(torch.int8)
             return {"weight": signed, "weight_scale": scale, **input_tensors(q)}
         tensors = {
-            "weight_packed": packing.pack(codes.t(), q.spec.bits).t().contiguous(),
+            "weight_packed": packing.pack_rows(codes, q.spec.bits),
             "weight_scale": scale,
             "weight_shape": torch.tensor(q.shape, dtype=torch.int64).to(codes.device),
         }

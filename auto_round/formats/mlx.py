@@ -65,14 +65,14 @@ class MLX(Format):
 
     def write(self, q: Quantized) -> dict[str, Tensor]:
         """weight, scales, biases. Raises FormatError when a bias overflows the dtype of the scales."""
-        codes = merge(q.codes, q.shape, q.spec.group).t()
+        codes = merge(q.codes, q.shape, q.spec.group)
         scale = q.params["scale"]
         bias = bias_of(q)
         # The bias is up to 2^bits times the scale, which itself fitted.
         if bias.device.type != "meta" and not bool(torch.isfinite(bias).all()):
             raise FormatError(f"a bias overflows {q.spec.scale_dtype}. Use --scale_dtype float32")
         return {
-            "weight": packing.pack(codes, q.spec.bits).t().contiguous().view(torch.uint32),
+            "weight": packing.pack_rows(codes, q.spec.bits).view(torch.uint32),
             "scales": scale.reshape(q.shape[0], -1),
             "biases": bias.reshape(q.shape[0], -1),
         }

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from auto_round.backends.base import Choice, Kernel, Site, backends, choose
 from auto_round.core.errors import FormatError, SchemeError
@@ -24,7 +23,7 @@ from auto_round.formats.base import Format, format_named
 from auto_round.formats.reading import PACKINGS, SMALL_FLOATS, flat_settings, is_pattern
 from auto_round.inference.plain import dequantized
 from auto_round.models import quirks
-from auto_round.models.anatomy import block_lists, is_matrix, shape_of
+from auto_round.models.anatomy import block_lists, is_conv1d, is_matrix, shape_of
 from auto_round.models.expert_modules import separate
 from auto_round.models.experts import SavedNames, find_experts
 from auto_round.models.memory import available_memory
@@ -86,7 +85,7 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
             built = choice.backend.build(site)
         except SchemeError as error:
             raise FormatError(f"{name}: {error}") from error
-        built.transposed = isinstance(old, Conv1D)
+        built.transposed = is_conv1d(old)
         setattr(owner, last, built)
         # transformers 5 initializes some layers through their parents: GPT2Attention fills c_proj.weight, now gone.
         if parent:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from auto_round.core.scheme import TensorSpec
-from auto_round.models.shards import raw_bytes
+from auto_round.models.shards import checksum
 
 
 @dataclass(slots=True)
@@ -31,9 +30,8 @@ class Written:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of names, dtypes, shapes and bytes."""
-    state = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        state.update(f"{name.rsplit('.', 1)[-1]} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        state.update(raw_bytes(tensors[name]))
-    return state.hexdigest()
+    """Names, dtypes, shapes and checksums."""
+    return "; ".join(
+        f"{name.rsplit('.', 1)[-1]} {tensor.dtype} {tuple(tensor.shape)} {checksum(tensor):x}"
+        for name, tensor in sorted(tensors.items())
+    )

@@ -163,7 +163,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             return {}
         stored = Checkpoint(self._staging)
         for layer, tensors in earlier.items():
-            if layer in self.plan and all(checksum(stored.get(full)) == tensors[full] for full in tensors):
+            if layer in self.plan and all(checksum(stored.look(full)) == tensors[full] for full in tensors):
                 self._written[layer] = tensors
                 self._shards.written(tensors)
         logger.info("going on after %d finished layers found in %s", len(self._written), self._staging)
@@ -277,9 +277,9 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         """The tensor called `name` of the written files."""
         store = self.subject.files.store
         if name in stored.infos or not isinstance(store, ExpertStore):
-            return stored.get(name)
+            return stored.look(name)
         piece = store.pieces[name]
-        return piece.of_expert(stored.row(piece.tensor, piece.expert))
+        return piece.of_expert(stored.look(piece.tensor, piece.expert))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -362,7 +362,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         """Read every quantized layer back and compare it, bit for bit, with what was handed in."""
         stored = Checkpoint(self._staging)
         for full, whole in self._rewritten.items():
-            if checksum(stored.get(full)) != whole:
+            if checksum(stored.look(full)) != whole:
                 raise VerificationError(
                     f"{full} in {self.folder} reads back differently; the disk may be faulty"
                 )

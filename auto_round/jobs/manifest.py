@@ -7,10 +7,10 @@ import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
-import transformers
 
 from auto_round.core.plan import Plan
 from auto_round.models.subject import Subject
@@ -40,7 +40,7 @@ def manifest(
             "auto_round": __version__,
             # Other kernels sum in another order, and the last bit of a loss may decide which state is kept.
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "transformers": version("transformers"),
             "machine": platform.machine(),  # as do other processors
         },
     }

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from auto_round.core.errors import ModelError, PlanError
 from auto_round.models import quirks
@@ -173,13 +172,19 @@ def experts_of(layer: str) -> str | None:
 
 def is_matrix(module: nn.Module) -> bool:
     """Whether `module` is a layer that can be quantized."""
-    return isinstance(module, (nn.Linear, Conv1D))
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is the layer of GPT-2 that stores its weight transposed."""
+    # Where there is such a module, transformers is loaded; without one, loading it would take a stream seconds.
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
     """(O, I) of a quantizable layer."""
     rows, columns = module.weight.shape  # type: ignore[misc]
-    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+    return (columns, rows) if is_conv1d(module) else (rows, columns)
 
 
 def block_lists(model: nn.Module) -> list[tuple[str, ...]]:
@@ -219,7 +224,7 @@ def anatomy(model: nn.Module) -> Anatomy:
         # Other towers have no blocks here (`block_lists`), so their matrices are known by their names.
         if quirks.left_alone(name) or (block is None and any(w in name for w in quirks.NON_TEXT_WORDS)):
             continue
-        layers[name] = Layer(name, shape_of(module), isinstance(module, Conv1D), block)
+        layers[name] = Layer(name, shape_of(module), is_conv1d(module), block)
     return Anatomy(
         layers=layers,
         block_lists=tuple(lists),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,6 @@ from torch import Tensor, nn
 from auto_round.core.quantized import Quantized
 from auto_round.models import quirks
 from auto_round.models.checkpoint import Place, StateDict, TensorInfo, TensorStore, names_match
-
-try:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, WeightConverter
-except ImportError:  # transformers < 5: module names and checkpoint names are the same
-    get_model_conversion_mapping = None
 
 ENDS = ("", "_bias")
 """What follows a projection's name in the names of fused tensors: nothing for its weights."""
@@ -112,7 +107,14 @@ class SavedNames:
     """How transformers spells the names of a model's tensors in checkpoints."""
 
     def __init__(self, model: nn.Module) -> None:
-        rules = get_model_conversion_mapping(model, add_legacy=False) if get_model_conversion_mapping else []
+        self._converters: list[Any] = []
+        self._renamings: list[Any] = []
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import PrefixChange, WeightConverter
+        except ImportError:  # transformers < 5: module names and checkpoint names are the same
+            return
+        rules = get_model_conversion_mapping(model, add_legacy=False)
         # A change of prefix tells how one checkpoint was loaded, not how the architecture is stored.
         back = [rule.reverse_transform() for rule in reversed(rules) if not isinstance(rule, PrefixChange)]
         self._converters = [rule for rule in back if isinstance(rule, WeightConverter)]
@@ -219,6 +221,14 @@ class ExpertStore(TensorStore):
         piece = self.pieces[name]
         # One expert's part is read, not all.
         return piece.of_expert(self.raw.row(piece.tensor, piece.expert)).contiguous()
+
+    def look(self, name: str, row: int | None = None) -> Tensor:
+        """As `get`, and without its copy."""
+        if name not in self.pieces:
+            return self.raw.look(name, row)
+        piece = self.pieces[name]
+        found = piece.of_expert(self.raw.look(piece.tensor, piece.expert))
+        return found if row is None else found[row]
 
     def quantized(self, name: str) -> Quantized | None:
         """That of a tensor which is no piece of another."""

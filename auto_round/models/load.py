@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from auto_round.core.errors import ModelError, nearest
 from auto_round.core.settings import settings
@@ -183,6 +181,8 @@ def load_model(
     folder: Path, *, trust_remote_code: bool = False, dtype: str | torch.dtype = "auto"
 ) -> nn.Module:
     """The live model on the CPU, in the dtype of its checkpoint. Raises ModelError when transformers cannot load it."""
+    from transformers import AutoModelForCausalLM
+
     if has_safetensors(folder):
         Checkpoint(folder)  # a damaged shard is named here, with its remedy
     try:
@@ -207,6 +207,10 @@ def skeleton(
 
     dtype: of the parameters; "auto" is that of the checkpoint. Raises ModelError when the architecture is unknown.
     """
+    # Here, as elsewhere in this file: importing them takes seconds, and a stream asks for neither.
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         said = _dtype(folder, config) if dtype == "auto" else dtype
@@ -240,6 +244,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any | No
     """The tokenizer of a model folder, or None when it has none."""
     if not any(path.name.startswith(("tokenizer", "vocab", "spiece", "merges")) for path in folder.iterdir()):
         return None
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

@@ -7,6 +7,7 @@ header first and each tensor put in its place when it is ready, which is what `S
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from auto_round.core.errors import ModelError, PlanError
+from auto_round.core.native import EXACT, library
 from auto_round.models.checkpoint import (
     DTYPE_NAMES,
     INDEX,
@@ -239,6 +241,7 @@ COLUMNS = 1 << 14
 # Odd, so that no change of one word can vanish.
 _FACTORS = torch.randint(-(1 << 62), 1 << 62, (COLUMNS,), generator=torch.Generator().manual_seed(0)) | 1
 _STEP = 0x5851F42D4C957F2D
+SOURCE = Path(__file__).with_name("shards.c")
 
 
 def checksum(tensor: Tensor) -> int:
@@ -250,6 +253,12 @@ def checksum(tensor: Tensor) -> int:
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     whole = data.numel() // (8 * COLUMNS) * 8 * COLUMNS
     sums = torch.nn.functional.pad(data[whole:], (0, whole + 8 * COLUMNS - data.numel())).view(torch.int64)
-    for row in data[:whole].view(torch.int64).view(-1, COLUMNS):
-        sums.mul_(_STEP).add_(row)  # 128 kB that stay in the cache
+    table, functions = data[:whole].view(torch.int64).view(-1, COLUMNS), library(SOURCE, EXACT)
+    if functions is not None and len(table):
+        sums = sums.contiguous()  # of a short end, padding made a copy already
+        sizes = (ctypes.c_ssize_t(len(table)), ctypes.c_ssize_t(COLUMNS), ctypes.c_uint64(_STEP))
+        functions.fold(ctypes.c_void_p(table.data_ptr()), *sizes, ctypes.c_void_p(sums.data_ptr()))
+    else:
+        for row in table:
+            sums.mul_(_STEP).add_(row)  # 128 kB that stay in the cache
     return int((sums * _FACTORS).sum())

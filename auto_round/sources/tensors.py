@@ -85,7 +85,7 @@ class TensorSource(Source):
     def read(self, name: str) -> Tensor:
         """The weight of the layer `name`, (O, I)."""
         layer = self.anatomy.layers[name]
-        tensor = self.store.get(self.names[layer.tensor])
+        tensor = self.store.look(self.names[layer.tensor])
         return tensor.t() if layer.transposed else tensor
 
     def announce(self, name: str) -> None:

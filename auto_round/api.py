@@ -329,6 +329,7 @@ class AutoRound:
             batch_size=placement.micro_batch,
             quantized_inputs=self.options.enable_quanted_input and quantized,
             amp=execution_dtype(device) if self.options.amp else None,
+            percentile=self.options.act_percentile,
             tune_outside=not self.material.whole,
             activations=placement.activations,
             layers=placement.layers,

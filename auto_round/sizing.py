@@ -126,6 +126,7 @@ class Sizing:
         material, options = self.material, self.material.options
         numbers = options.numbers()
         seqlen, tuned = material.seqlen(), any(step.requires is Needs.FORWARD for step in steps)
+        two = tuned and options.enable_quanted_input
         tree = material.subject().tree
         assert tree is not None, "only streams go by names alone"
         rows = tree.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
@@ -150,7 +151,10 @@ class Sizing:
         return Wish(
             subject=material.subject(), devices=devices, batch=numbers.batch_size,
             samples=len(data.tokens) if data is not None else numbers.nsamples, iters=numbers.iters,
-            chains=3 if tuned and options.enable_quanted_input else 2, nblocks=options.nblocks,
+            # Targets take the place of the float chain, but where starved experts are fed from it once more. After the
+            # blocks both chains stay while the layer there has its own.
+            chains=3 if two and material.subject().anatomy.experts else 2, chains_outside=4 if two else 2,
+            nblocks=options.nblocks,
             low_vram=options.low_gpu_mem_usage,
             resident=material.weights_home().whole, keeps=self.keeps, stage=stage,
         )  # fmt: skip

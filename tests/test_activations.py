@@ -265,6 +265,12 @@ def test_a_percentile_leaves_outliers_out():
     assert Limits().within(99.0) is None
 
 
+def test_the_whole_range_needs_no_sample_of_the_inputs():
+    seen, x = Limits(sampled=False), torch.randn(1000, 32, generator=torch.Generator().manual_seed(0))
+    seen.add(x)
+    assert seen.within(100) == (x.min(), x.max()) and not seen.sample
+
+
 def test_a_percentile_makes_the_input_range_smaller(model, tmp_path):
     scale = {}
     for share in (100.0, 99.0):

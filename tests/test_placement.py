@@ -340,7 +340,7 @@ def test_a_model_that_is_to_be_loaded_as_a_whole_must_fit(tmp_path, no_process):
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        ([], "weights are in memory as a whole: the model is small beside the free memory"),
+        ([], "weights are read block by block: low_cpu_mem_usage=True"),
         (["--low_cpu_mem_usage"], "weights are read block by block: low_cpu_mem_usage=True"),
         (["--disable_low_cpu_mem_usage"], "weights are in memory as a whole: low_cpu_mem_usage=False"),
         (["--max_ram", "64GB"], "weights are read block by block: max_ram is to be kept"),

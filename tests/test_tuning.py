@@ -1,6 +1,7 @@
 """Each option of tuning changes what it says: blocks together, norms and biases, predictions, compiled blocks, time."""
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from auto_round import AutoRound
 from auto_round.core.errors import PlanError
 from auto_round.jobs.budget import parse_duration, within
 from auto_round.jobs.journal import JOURNAL
+from auto_round.sources.rows import MemoryRows
 
 TUNED = {
     "iters": 30,
@@ -79,6 +81,30 @@ def test_blocks_tuned_together_come_closer_to_their_common_output(folder):
     assert seen[0].layers == 14 and seen[1].layers == 7
     off = [(states_after(model, 2) - original).square().mean() for model in (alone, together)]
     assert off[1] < off[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "most"), [({}, 2), ({"enable_quanted_input": False}, 2), ({"nblocks": 2}, 2)], ids=str
+)
+def test_hidden_states_are_in_memory_twice_and_no_more(options, most, folder, monkeypatch):
+    alive, counts, make = weakref.WeakSet(), [], MemoryRows.__init__
+
+    def counted(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        alive.add(self)
+        counts.append(len(alive))
+
+    monkeypatch.setattr(MemoryRows, "__init__", counted)
+    tuned(folder, **{**SHORT, **options})
+    assert max(counts) == most
+
+
+def test_targets_in_the_place_of_inputs_are_the_outputs_of_the_original(folder):
+    model, _ = tuned(folder, **SHORT, enable_quanted_input=False)
+    other, _ = tuned(folder, **SHORT, enable_quanted_input=True)
+    # The first block has the same inputs on both chains; only there are the two jobs the same.
+    first = [dict(m.model.layers[0].named_parameters()) for m in (model, other)]
+    assert all(torch.equal(value, first[1][name]) for name, value in first[0].items())
 
 
 def test_tuned_norms_and_biases_lower_the_loss_of_a_block(folder):

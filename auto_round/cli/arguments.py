@@ -195,7 +195,7 @@ class Machine:
     ] = False
     low_cpu_mem_usage: Annotated[
         bool,
-        _switch("low-cpu-mem-usage", help="Only one block is in memory at a time, also of a small model."),
+        _switch("low-cpu-mem-usage", help="Only one block is in memory at a time, the default here."),
     ] = False
     disable_low_cpu_mem_usage: Annotated[
         bool, _switch("disable-low-cpu-mem-usage", help="Load the model as a whole.")
@@ -298,7 +298,7 @@ def to_options(recipe: str, output: Output, scheme: SchemeFlags, tuning: Tuning,
         "act_dynamic": False if scheme.disable_act_dynamic else None,
         "enable_minmax_tuning": not tuning.disable_minmax_tuning,
         "enable_quanted_input": not tuning.disable_quanted_input,
-        # None lets the size of the model decide, which neither flag does.
+        # None: nothing was said, and the command decides.
         "low_cpu_mem_usage": False
         if machine.disable_low_cpu_mem_usage
         else machine.low_cpu_mem_usage or None,

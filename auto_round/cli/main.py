@@ -6,7 +6,7 @@ Exit code 0 for success, 2 for wrong usage, 1 for any other failure.
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import cyclopts
 from cyclopts import Parameter
@@ -14,7 +14,11 @@ from rich.console import Console
 
 from auto_round.cli.arguments import Later, Machine, Output, SchemeFlags, Tuning, normalized, to_options
 from auto_round.core.errors import AutoRoundError, FormatError, NotYetError, PlanError, SchemeError
+from auto_round.options import Options
 from auto_round.version import __version__
+
+if TYPE_CHECKING:
+    from auto_round.api import AutoRound
 
 USAGE, FAILURE = 2, 1
 ModelName = Annotated[
@@ -101,26 +105,32 @@ def _outline(
     if model is None:
         raise PlanError("no model given. Example: auto-round plan ./my-model --scheme W4A16")
     options = to_options(recipe, output, scheme, tuning, machine)
+    from auto_round.cli.outlining import show_outline
+
+    job = _job(model, options)
+    show_outline(job.outline(output.format), Console())
+
+
+def _job(model: str, options: Options) -> AutoRound:
     from dataclasses import fields
 
     from auto_round.api import AutoRound
-    from auto_round.cli.outlining import show_outline
 
-    job = AutoRound(model, **{f.name: getattr(options, f.name) for f in fields(options)})
-    show_outline(job.outline(output.format), Console())
+    values = {f.name: getattr(options, f.name) for f in fields(options)}
+    if options.low_cpu_mem_usage is None and options.max_ram is None:
+        # A command returns no model, so nothing is gained by holding more than a block of it.
+        values["low_cpu_mem_usage"] = True
+    return AutoRound(model, **values)
 
 
 def _quantize(
     recipe: str, model: str, output: Output, scheme: SchemeFlags, tuning: Tuning, machine: Machine
 ) -> None:
     options = to_options(recipe, output, scheme, tuning, machine)
-    from dataclasses import fields
-
-    from auto_round.api import AutoRound
     from auto_round.cli.progress import Show
 
     console = Console(stderr=True)  # stdout holds the closing table and nothing else
-    job = AutoRound(model, **{f.name: getattr(options, f.name) for f in fields(options)})
+    job = _job(model, options)
     with Show(console) as show:
         job.observers.append(show)
         _, folders = job.quantize_and_save(output.output_dir, format=output.format)

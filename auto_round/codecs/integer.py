@@ -312,20 +312,23 @@ class _Fake(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         inside, slope, scale, low, high, lo, hi, lifted = ctx.saved_tensors
         (grad,) = upstream
+        d_scale = d_zero = None
+        if ctx.has[1] or ctx.has[2]:
+            d_scale = (grad * slope).sum(1, keepdim=True)
         passed = grad * inside
-        d_offset = passed * scale if ctx.has[0] else None
-        if not (ctx.has[1] or ctx.has[2]):
+        if d_scale is not None and not ctx.spec.sym:
+            # zero = round(-low / scale): moving it shifts every clamped value by one scale.
+            d_zero = -(grad - passed).sum(1, keepdim=True) * scale
+        d_offset = passed.mul_(scale) if ctx.has[0] else None  # in place: it is as large as the weights
+        if d_scale is None:
             return None, None, None, d_offset, None, None, None
-        d_scale = (grad * slope).sum(1, keepdim=True)
         # A scale held at the smallest one does not follow its range, so no gradient goes there.
         floored = scale.abs() <= SMALLEST_SCALE[ctx.spec.scale_dtype]
-        if ctx.spec.sym:
+        if d_zero is None:
             at_low = -lo > hi
             d_extreme = -d_scale.masked_fill(floored, 0) / middle(ctx.spec)
             d_low, d_high = d_extreme * at_low, d_extreme * ~at_low
         else:
-            # zero = round(-low / scale): moving it shifts every clamped value by one scale.
-            d_zero = -(grad - passed).sum(1, keepdim=True) * scale
             d_scale = (d_scale + d_zero * lo / scale.square()).masked_fill(floored, 0)
             d_low = -d_scale / _top(ctx.spec) - d_zero / scale
             d_high = d_scale / _top(ctx.spec) - d_low * lifted / (_top(ctx.spec) - 1)

@@ -39,9 +39,9 @@ SHARE = 0.9  # of a card's free memory that may be planned for; the rest goes to
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wish:
-    """What is to be placed. batch, samples, iters: of the recipe. chains: copies of the hidden states. nblocks: blocks
-    tuned together. resident: whether the model is in memory as a whole. keeps: whether what is made stays in memory.
-    stage: for rehearsals."""
+    """What is to be placed. batch, samples, iters: of the recipe. chains: copies of the hidden states while a block is
+    worked on; chains_outside: while a layer after the blocks is. nblocks: blocks tuned together. resident: whether the
+    model is in memory as a whole. keeps: whether what is made stays in memory. stage: for rehearsals."""
 
     subject: Subject
     devices: Devices
@@ -49,6 +49,7 @@ class Wish:
     samples: int
     iters: int
     chains: int
+    chains_outside: int
     nblocks: int
     low_vram: bool
     resident: bool
@@ -118,8 +119,7 @@ def _parts(wish: Wish) -> Iterator[Part]:
     outside = [name for name in quantized if body.layers[name].block is None]
     for name in (heaviest, *outside):
         inside = name == heaviest
-        # The two chains through the blocks stay while the layer after them has its own two.
-        chains = wish.chains if inside or wish.chains < 3 else wish.chains + 1
+        chains = wish.chains if inside else wish.chains_outside
         found = rehearse(stage, name)
         costs = Costs(
             name=name, base=base_memory(), outside=0 if wish.resident else _outside(tree, wish.subject),

@@ -200,7 +200,7 @@ def predict(costs: Costs, activations: str, micro_batch: int) -> tuple[int, int]
     there = store if activations == "device" else 0
     work = costs.fixed + micro_batch * costs.per_sample
     base = costs.base + costs.calls * costs.samples
-    embedding = costs.outside + costs.block + max(1, costs.chains - 1) * here
+    embedding = costs.outside + costs.block + here  # a second chain is made when the embedding is gone
     if costs.device == "cpu":
         return base + max(embedding, work + costs.chains * here), 0
     return base + max(embedding, costs.block + costs.chains * here), work + costs.chains * there

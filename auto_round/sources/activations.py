@@ -27,10 +27,14 @@ class InputGrid:
 
 @dataclass(slots=True)
 class Limits:
-    """Smallest and largest input of one layer so far, 0-dim float32, None before the first; and a sample of all."""
+    """Smallest and largest input of one layer so far, 0-dim float32, None before the first.
+
+    sampled: whether a sample of all is kept too, which percentiles below 100 need.
+    """
 
     low: Tensor | None = None
     high: Tensor | None = None
+    sampled: bool = True
     sample: list[Tensor] = field(default_factory=list)
 
     def add(self, x: Tensor) -> None:
@@ -39,8 +43,11 @@ class Limits:
             low, high = torch.aminmax(x)
             self.low = low if self.low is None else torch.minimum(self.low, low)
             self.high = high if self.high is None else torch.maximum(self.high, high)
-            flat = x.flatten()
-            self.sample.append(flat[:: -(-flat.numel() // SAMPLED)].clone())  # a view would keep all of `x`
+            if self.sampled:
+                flat = x.flatten()
+                self.sample.append(
+                    flat[:: -(-flat.numel() // SAMPLED)].clone()
+                )  # a view would keep all of `x`
 
     def within(self, percentile: float) -> tuple[Tensor, Tensor] | None:
         """Limits that hold `percentile` per cent of the inputs, as much outside on either side; None without inputs."""

@@ -37,7 +37,8 @@ class Execution:
     """How blocks are run. amp: dtype of matrix products, or None for float32 throughout. compiled: by torch.compile.
 
     nblocks: consecutive blocks that are handed out as one. language: whether the last is judged by predictions.
-    tune_outside: whether layers after the blocks can be run too; if not, only their inputs' statistics are known.
+    percentile: share of a layer's inputs, in per cent, that calibrated ranges hold. tune_outside: whether layers after
+    the blocks can be run too; if not, only their inputs' statistics are known.
     activations, layers: as in `core.placement`. scratch: folder for hidden states in files.
     """
 
@@ -45,6 +46,7 @@ class Execution:
     batch_size: int = 8
     quantized_inputs: bool = True
     amp: torch.dtype | None = None
+    percentile: float = 100.0
     tune_outside: bool = True
     activations: str = "memory"
     scratch: Path | None = None
@@ -138,7 +140,10 @@ class LiveBlock(Block):
             plain if statistics else (),
             lambda: self.valid(self._rows),
         )
-        self._targets = self._chain.plain.like()
+        # In place of the inputs, batch by batch, as soon as nobody looks at those again: neither as the quantized chain
+        # nor to feed starved experts.
+        again = self._chain.quantized is self._chain.plain or (statistics and self._experts)
+        self._targets = self._chain.plain.like() if again else self._chain.plain
         with experts.watching():
             for rows in self.batches():
                 self._rows = rows
@@ -176,7 +181,7 @@ class LiveBlock(Block):
             valid = self.valid(self._rows)
             # Padding must not count; a layer whose input has lost the (B, T) shape gets all of it.
             x = x[valid] if valid is not None and x.shape[:2] == valid.shape else x.flatten(0, -2)
-            self._limits.setdefault(layer, Limits()).add(x)
+            self._limits.setdefault(layer, Limits(sampled=self._execution.percentile < 100)).add(x)
             with torch.autocast(x.device.type, enabled=False):
                 if layer not in self._importance:
                     width = x.shape[1]

@@ -36,11 +36,12 @@ MANY_ITERS, FEW_BITS = 1000, 3  # from that many iterations on, layers of few bi
 
 @dataclass(slots=True)
 class Trainable:
-    """One tuned tensor with its bounds, its learning rate, and its best value so far."""
+    """One tuned tensor: how far `below` and `above` its `start` it may go, its learning rate, its best value so far."""
 
     value: Tensor
-    low: Tensor
-    high: Tensor
+    start: Tensor
+    below: float
+    above: float
     rate: float
     best: Tensor
 
@@ -238,10 +239,9 @@ class SignRound(Step):
             start = vector.float()
             found.start[name] = vector
             found.step[name] = (start.amax().clamp(min=0) - start.amin().clamp(max=0)) / VECTOR_STEPS
-            half = torch.full_like(start, 0.5)
             zero = torch.zeros_like(start)
             found.tuned[name] = Trainable(
-                zero.clone().requires_grad_(), -half, half, self.lr or 1 / self.iters, zero
+                zero.clone().requires_grad_(), zero, -0.5, 0.5, self.lr or 1 / self.iters, zero.clone()
             )
         return found
 
@@ -264,8 +264,8 @@ class SignRound(Step):
             searched = bool(start) and codec.holds_grid(spec) and not knob.per_value
             most = 2 * knob.neutral - knob.low if searched else knob.high
             # Bounds move with the start: an offset may go half a code either way from where it begins.
-            low, high = first + (knob.low - knob.neutral), first + (most - knob.neutral)
-            found[name] = Trainable(first.clone().requires_grad_(), low, high, own, first.clone())
+            below, above = knob.low - knob.neutral, most - knob.neutral
+            found[name] = Trainable(first.clone().requires_grad_(), first, below, above, own, first.clone())
         return found
 
     def _accumulate(
@@ -371,4 +371,5 @@ def _keep(trainables: list[Trainable], loss: float, best_loss: float) -> float:
 @torch.no_grad()
 def _clamp(trainables: list[Trainable]) -> None:
     for t in trainables:
-        t.value.clamp_(t.low, t.high)
+        # The bounds of every value are made anew: kept, they would be as large as the weights, twice.
+        t.value.clamp_(t.start + t.below, t.start + t.above)

@@ -77,6 +77,42 @@ def test_a_mixture_m_gives_more_bits_to_favoured_blocks(tmp_path):
     assert "favoured" in job.plan.why["model.layers.3.mlp.down_proj"]
 
 
+QKV_TYPES = {
+    "q2_k": "33333333", "q2_k_s": "22222222", "q3_k_s": "33333333", "q3_k_m": "55444444", "q3_k_l": "55555555",
+    "q4_k_s": "55554444", "q4_k_m": "64464466", "q5_k_s": "55555555", "q5_k_m": "65565566", "q6_k": "66666666",
+}  # fmt: skip
+"""Bits of query, key and value matrices of GPT-2 with 8 blocks, by benchmarks/gguf/mixtures.py those of llama.cpp."""
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A GPT-2 whose rows are multiples of 256."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    models.tiny("gpt2", folder, n_embd=256, n_layer=8)
+    return folder
+
+
+@pytest.mark.parametrize("mixture", QKV_TYPES)
+def test_a_matrix_with_the_values_in_it_is_treated_as_values(gpt2, mixture):
+    plan = AutoRound(gpt2, format=f"gguf:{mixture}", model_free=True).outline(rehearse=False).plan
+    found = [plan[f"transformer.h.{i}.attn.c_attn"].weight.bits for i in range(8)]
+    assert "".join(map(str, found)) == QKV_TYPES[mixture]
+
+
+@pytest.mark.parametrize(
+    ("mixture", "values", "output"),
+    [("q2_k_s", "q8_0", "q2_k"), ("q3_k_l", "q8_0", "q3_k"), ("q4_k_m", "q8_0", "q5_k"), ("q6_k", "q8_0", "q6_k"),
+     ("q4_0", "q8_0", "q4_0")],
+)  # fmt: skip
+def test_small_matrices_beside_eight_experts_are_those_of_llama_cpp(tmp_path, mixture, values, output):
+    models.tiny("mixtral", tmp_path / "m", hidden_size=256, intermediate_size=256, num_local_experts=8)
+    plan = AutoRound(tmp_path / "m", format=f"gguf:{mixture}", model_free=True).outline(rehearse=False).plan
+    types = {
+        name.rpartition(".")[2]: scheme.weight.dtype for name, scheme in plan.items() if ".0.self" in name
+    }
+    assert types["v_proj"] == types["k_proj"] == values and types["o_proj"] == output
+
+
 def test_rows_of_queries_and_keys_are_put_in_the_order_of_llama_cpp(llama, tmp_path):
     reader = made(llama, tmp_path, format="gguf:bf16")
     weight = models.loaded(llama).model.layers[1].self_attn.q_proj.weight

@@ -54,12 +54,11 @@ class Rule:
     when: Callable[[Site], bool] = lambda site: True
 
 
-VALUES = ("attn_v", "attn_kv_b")
-QKV = ("attn_qkv",)
+VALUES = ("attn_v", "attn_kv_b", "attn_qkv")  # or what they are part of
 DOWN = ("ffn_down", "ffn_down_exps", "ffn_down_shexp")
 OUTPUT = ("attn_output",)
 EIGHT_EXPERTS = (
-    Rule(("attn_v", "attn_k"), "q8_0", "with 8 experts, keys and values are small", lambda s: s.experts == 8),
+    Rule((*VALUES, "attn_k"), "q8_0", "with 8 experts, keys and values are small", lambda s: s.experts == 8),
 )
 EIGHT_OUTPUT = Rule(
     OUTPUT, "q5_k", "with 8 experts, attention outputs are small", lambda s: s.experts == 8 and not s.falcon
@@ -82,7 +81,6 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     ),
     "q2_k_s": (
         *EIGHT_EXPERTS,
-        EIGHT_OUTPUT,
         Rule(VALUES, "q4_k", "values shared by 4 or more query heads", lambda s: s.grouped >= 4),
         _early(DOWN, "q4_k", 8),
     ),
@@ -92,7 +90,6 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         EIGHT_OUTPUT,
         Rule(VALUES, "q5_k", "values of the first two blocks", lambda s: s.index < 2),
         Rule(VALUES, "q4_k", "values of attention"),
-        Rule(QKV, "q4_k", "values are part of it"),
         _early(DOWN, "q5_k", 16),
         Rule(DOWN, "q4_k", "down projection", lambda s: not s.falcon or s.more_bits()),
         Rule(OUTPUT, "q4_k", "attention output", lambda s: not s.falcon),
@@ -100,10 +97,10 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     "q3_k_l": (
         *EIGHT_EXPERTS,
         Rule(VALUES, "q5_k", "values of attention"),
-        Rule(QKV, "q4_k", "values are part of it"),
         Rule(DOWN, "q4_k", "down projection of Falcon", lambda s: s.falcon),
         Rule(DOWN, "q5_k", "down projection"),
         Rule(OUTPUT, "q4_k", "attention output of Falcon", lambda s: s.falcon),
+        Rule(OUTPUT, "q3_k", "with 8 experts, as most", lambda s: s.experts == 8),
         Rule(OUTPUT, "q5_k", "attention output"),
     ),
     "q4_k_s": (
@@ -116,7 +113,6 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         *EIGHT_EXPERTS,
         EIGHT_OUTPUT,
         Rule(VALUES, "q6_k", FAVOURED, Site.more_bits),
-        Rule(QKV, "q5_k", "values are part of it"),
         Rule(DOWN, "q6_k", "block of Falcon among the first 1/16", lambda s: s.falcon and s.early(16)),
         Rule(DOWN, "q5_k", FAVOURED, lambda s: s.falcon and s.more_bits()),
         Rule(DOWN, "q6_k", FAVOURED, lambda s: not s.falcon and s.more_bits()),
@@ -125,11 +121,13 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     "q5_k_m": (
         *EIGHT_EXPERTS,
         Rule(VALUES, "q6_k", FAVOURED, Site.more_bits),
-        Rule(QKV, "q6_k", "values are part of it"),
         Rule(DOWN, "q6_k", FAVOURED, Site.more_bits),
     ),
-    "q4_0": (_early(DOWN, "q4_1", 8),),
-    "q5_0": (_early(DOWN, "q5_1", 8),),
+    "q6_k": EIGHT_EXPERTS,
+    "q4_0": (*EIGHT_EXPERTS, _early(DOWN, "q4_1", 8)),
+    "q4_1": EIGHT_EXPERTS,
+    "q5_0": (*EIGHT_EXPERTS, _early(DOWN, "q5_1", 8)),
+    "q5_1": EIGHT_EXPERTS,
 }
 """First rule that applies; a tensor without one gets the mixture's own type."""
 

@@ -2,7 +2,7 @@
 
 python llama.py logits FILE TOKENS.npy OUT.npy | tokens FILE TEXTS.json OUT.json
 python llama.py answers FILE QUESTIONS.json LENGTH OUT.json
-python llama.py quantize FILE OUT.gguf FTYPE [IMATRIX] | speed FILE
+python llama.py quantize FILE OUT.gguf FTYPE [IMATRIX] | mixtures FILE FOLDER IMATRIX FTYPE... | speed FILE
 """
 
 import ctypes
@@ -75,6 +75,12 @@ def quantize(path, out, ftype, imatrix=None):
     print(time.process_time() - before)
 
 
+def mixtures(path, folder, imatrix, *ftypes):
+    """A file for each type, called by its number."""
+    for ftype in ftypes:
+        quantize(path, f"{folder}/{ftype}.gguf", ftype, imatrix)
+
+
 KEPT = []  # what the C side points to
 
 
@@ -102,4 +108,4 @@ def speed(path):
 
 
 if __name__ == "__main__":
-    {f.__name__: f for f in (logits, tokens, answers, quantize, speed)}[sys.argv[1]](*sys.argv[2:])
+    {f.__name__: f for f in (logits, tokens, answers, quantize, mixtures, speed)}[sys.argv[1]](*sys.argv[2:])

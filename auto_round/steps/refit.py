@@ -49,14 +49,14 @@ def best_factors(stack: Stack) -> dict[str, Tensor]:
     unknowns = count * len(parts)
     found = []
     for chosen in torch.arange(rows, device=stack.weight.device).split(max(1, ROWS // (unknowns * columns))):
-        # F_g as a full row with zeros elsewhere: one product with the Gram matrix for all of them.
-        spread = stack.fake.new_zeros(len(chosen), unknowns, columns)
-        for i, part in enumerate(parts.values()):
+        own = {key: part[chosen] for key, part in parts.items()}
+        # F_g gram: F_g has values in group g alone, so the rows of gram of that group are all it meets.
+        seen = stack.fake.new_empty(len(chosen), unknowns, columns)
+        for i, part in enumerate(own.values()):
             for g in range(count):
                 here = slice(g * size, (g + 1) * size)
-                spread[:, i * count + g, here] = part[chosen, here]
-        seen = spread @ stack.gram
-        system = seen @ spread.transpose(1, 2)
+                seen[:, i * count + g] = part[:, here] @ stack.gram[here]
+        system = torch.cat([_by_group(seen * part.unsqueeze(1), size) for part in own.values()], 2)
         wanted = seen @ stack.weight[chosen].unsqueeze(-1)
         power = system.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
         system += torch.diag_embed((RIDGE * power).unsqueeze(1).expand(-1, unknowns))
@@ -68,3 +68,10 @@ def best_factors(stack: Stack) -> dict[str, Tensor]:
     factors = torch.where((factors > 0.25) & (factors < 4.0), factors, torch.ones_like(factors))
     every = factors.repeat_interleave(stack.shared, 2)
     return {key: every[:, i].reshape(-1, 1) for i, key in enumerate(parts)}
+
+
+def _by_group(values: Tensor, size: int) -> Tensor:
+    """Sums of `values` (R, U, I) over groups of `size` columns, of which the last may be shorter; (R, U, G)."""
+    short = -values.shape[2] % size
+    padded = torch.nn.functional.pad(values, (0, short))
+    return padded.view(*values.shape[:2], -1, size).sum(3)

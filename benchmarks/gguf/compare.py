@@ -132,6 +132,7 @@ def arguments():
     parser.add_argument(
         "--heldout", type=Path, default=NOVELIST / "heldout.jsonl", help=".jsonl or plain text"
     )
+    parser.add_argument("--nsamples", type=int, default=64, help="calibration sequences of 256 tokens")
     parser.add_argument("--samples", type=int, default=16, help="held-out sequences of 256 tokens")
     parser.add_argument("--types", default="q2_k_s,q3_k_m,q4_0,q4_k_m")
     parser.add_argument("--tune", type=int, default=0, help="sign steps of one more recipe of ours")
@@ -149,7 +150,7 @@ def main():
     known = {(row["model"], row["type"], row["by"]) for row in map(json.loads, lines)}
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
-    calibration = tokens(options.calibration, tokenizer, 64)
+    calibration = tokens(options.calibration, tokenizer, options.nsamples)
     ids = tokens(options.heldout, tokenizer, options.samples)
     names = Names(ARCHITECTURES[model.config.architectures[0]], model.config.num_hidden_layers)
     with torch.no_grad():

@@ -1,11 +1,11 @@
 """Streaming a generated checkpoint: seconds and peak memory against a plain copy, a pass over memory, and upstream.
 
     python benchmarks/stream.py make FOLDER --gigabytes 8            # dense, 4 shards; --experts for a mixture
-    python benchmarks/stream.py run FOLDER --schemes W4A16,W8A16 [--peer PYTHON] [--rounds 2] --out results.json
+    python benchmarks/stream.py run FOLDER --schemes W4A16,W8A16 [--peer PYTHON] [--rounds 2] --out results.jsonl
 
-`run` alternates plain copy, ours with 1 worker and with 2, and upstream's `--model_free` (the Python of an environment
-that has it), each in a process of its own; a round begins with the next one's turn. Files are in the page cache after
-the first round: rates are those of processor and memory, not of a disk. Outputs are removed after each run.
+`run` alternates plain copy, a pass over memory, ours with 1 and 2 workers, and upstream's `--model_free` with as many
+(the Python of an environment that has it), each in a process of its own, and goes on where the results end. Files are
+in the page cache: rates are those of processor and memory, not of a disk. Outputs are removed after each run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -168,48 +169,54 @@ def resident(root: int) -> int:
     return total
 
 
-def run(
-    source: Path, schemes: list[str], peer: str | None, rounds: int, out: Path, workers: list[int]
-) -> None:
-    """All runs, alternating; results as JSON."""
-    work = source.parent / f"{source.name}-out"
-    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    env = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-    ours, theirs, walk = (source.parent / f"{name}.py" for name in ("ours", "peer", "walk"))
-    for path, text in ((ours, OURS), (theirs, PEER), (walk, PASS)):
-        path.write_text(text)
-    jobs = {
+def cells(source: Path, work: Path, schemes: list[str], peer: str | None) -> dict[str, list[str]]:
+    """Name -> command of everything that is measured."""
+    scripts = {name: source.parent / f"{name}.py" for name in ("ours", "peer", "walk")}
+    for name, text in (("ours", OURS), ("peer", PEER), ("walk", PASS)):
+        scripts[name].write_text(text)
+    found = {
         "copy": ["cp", "-r", str(source), str(work)],
-        "memory pass": [sys.executable, str(walk), str(source)],
+        "memory pass": [sys.executable, str(scripts["walk"]), str(source)],
     }
     for scheme in schemes:
-        for count in workers:
-            jobs[f"{scheme}, {count} workers"] = [
-                sys.executable,
-                str(ours),
-                str(source),
-                str(work),
-                scheme,
-                str(count),
-            ]
-        if peer and not scheme.endswith("-opt") and not scheme.startswith(("gguf", "FP8")):
-            jobs[f"{scheme}, upstream"] = [peer, str(theirs), str(source), str(work), scheme, "0"]
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in jobs}
-    about = {"torch": torch.__version__, "cores": os.cpu_count(), "source_bytes": size}
-    for turn in range(rounds):
-        names = list(jobs)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        paths = [str(source), str(work), scheme]
+        for count in ("1", "2"):
+            found[f"{scheme}, ours, {count}"] = [sys.executable, str(scripts["ours"]), *paths, count]
+            if peer and not scheme.endswith("-opt") and not scheme.startswith(("gguf", "FP8")):
+                found[f"{scheme}, upstream, {count}"] = [peer, str(scripts["peer"]), *paths, count]
+    return found
+
+
+def run(args: argparse.Namespace) -> None:
+    """The cells that the results lack, in the order of rounds; each becomes a line of the results at once."""
+    source, work = args.folder, args.folder.parent / f"{args.folder.name}-out"
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    lines = args.out.read_text().splitlines() if args.out.is_file() else []
+    done = [(entry["source"], entry["cell"]) for entry in map(json.loads, lines)]
+    jobs = cells(source, work, args.schemes.split(","), args.peer)
+    for turn in range(1, args.rounds + 1):
+        for name, command in jobs.items():
+            if done.count((source.name, name)) >= turn or not re.search(args.only, name):
+                continue
+            # One thread per worker, as many workers as the cell says; upstream starts a process for each.
+            env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+            if ", upstream" in name:
+                env["AR_MODEL_FREE_SHARD_PARALLELISM"] = name[-1]
+                del env["PYTHONPATH"]  # its environment must not see this repository's package
             shutil.rmtree(work, ignore_errors=True)
-            # The other environment must not see this repository's package.
-            own = {k: v for k, v in env.items() if k != "PYTHONPATH"} if name.endswith("upstream") else env
             try:
-                results[name].append(timed(jobs[name], source.parent / "log", own))
+                result: dict[str, object] = dict(timed(command, source.parent / "log", env))
             except SystemExit as error:
-                results[name].append({"error": str(error)[-600:]})
-            print(name, results[name][-1], flush=True)
-            # After every run: what was measured stays when a later one is broken off.
-            out.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
-    shutil.rmtree(work, ignore_errors=True)
+                result = {"error": str(error)[-600:]}
+            written = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+            shutil.rmtree(work, ignore_errors=True)
+            entry = {"source": source.name, "bytes": size, "cell": name, "written": written, **result}
+            print(entry, flush=True)
+            with args.out.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+            if args.one:
+                return
+    raise SystemExit(3 if args.one else 0)
 
 
 def main() -> None:
@@ -226,14 +233,16 @@ def main() -> None:
     running.add_argument("--schemes", default="W4A16")
     running.add_argument("--peer")
     running.add_argument("--rounds", type=int, default=2)
-    running.add_argument("--workers", default="1,2")
-    running.add_argument("--out", type=Path, default=Path("stream.json"))
+    running.add_argument("--only", default="", help="a regular expression that names of cells must match")
+    running.add_argument(
+        "--one", action="store_true", help="one cell, then stop; exit status 3 when none is left"
+    )
+    running.add_argument("--out", type=Path, default=Path("stream.jsonl"))
     args = parser.parse_args()
     if args.what == "make":
         make(args.folder, args.gigabytes, args.experts)
-        return
-    workers = [int(count) for count in args.workers.split(",")]
-    run(args.folder, args.schemes.split(","), args.peer, args.rounds, args.out, workers)
+    else:
+        run(args)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from auto_round.models.memory import available_memory, give_back, resident_memor
 from auto_round.models.quirks import EMBEDDINGS
 from auto_round.models.shards import parse_size
 from auto_round.models.skeleton import Skeleton, filled
-from auto_round.models.stored import streamed_subject
+from auto_round.models.stored import lacking, streamed_subject
 from auto_round.models.subject import Candidates, Origin, Subject, check_streamed, open_subject
 from auto_round.options import Options
 from auto_round.planning import weights_alone
@@ -93,12 +93,26 @@ class Material:
                 blocks=self.options.to_quant_block_names,
                 trust_remote_code=self.options.trust_remote_code,
             )
-            # Names suffice to stream; without model_free a checkpoint that would not load is refused all the same.
-            if self._subject is not None and not self.options.model_free:
-                check_streamed(files, trust_remote_code=self.options.trust_remote_code)
+            if self._subject is not None:
+                self._check_whole(files)
         if self._subject is None:
             self._subject = self._of_tree()
         return self._subject
+
+    def _check_whole(self, files: load.ModelFiles) -> None:
+        """Refuse a checkpoint that would not load, and warn of one that looks as if something were missing."""
+        trusted = self.options.trust_remote_code
+        odd = lacking(files.store.infos)
+        # Names suffice to stream, and reading them is quick; the architecture is asked when they raise a doubt.
+        if not self.options.model_free or odd is not None:
+            check_streamed(files, trust_remote_code=trusted)
+        assert self.folder is not None, "only folders are streamed"
+        if odd is not None and not load.knows(self.folder, trust_remote_code=trusted):
+            logger.warning(
+                "%s is not in the checkpoint, though every other block has one, and transformers does not know this "
+                "architecture. If that is a mistake, download the model again",
+                odd,
+            )
 
     def _of_tree(self) -> Subject:
         """The model by its module tree."""

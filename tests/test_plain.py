@@ -1,37 +1,18 @@
 """Quantized sources: what is streamed from them is what is streamed from the plain weights that they stand for."""
 
 import json
-import shutil
 
 import pytest
 import torch
 from models import samples, tiny
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from stored_sources import in_fp8, in_mxfp4, is_matrix, rewritten
 
 from auto_round import AutoRound
 from auto_round.core.errors import ModelError
 from auto_round.sources.plain import open_folder
 
 RTN = {"group_size": 32, "iters": 0, "disable_opt_rtn": True}
-
-
-def rewritten(source, folder, change, quantization=None):
-    """A copy of the model in `source` with `change` applied to its tensors, in two shards that split partners."""
-    shutil.copytree(source, folder)
-    tensors = change(load_file(source / "model.safetensors"))
-    (folder / "model.safetensors").unlink()
-    names = sorted(tensors)
-    index = {}
-    for i in (0, 1):
-        part = {name: tensors[name].contiguous() for name in names[i::2]}
-        save_file(part, folder / f"part-{i}.safetensors")
-        index.update(dict.fromkeys(part, f"part-{i}.safetensors"))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    config = json.loads((folder / "config.json").read_text())
-    if quantization:
-        config["quantization_config"] = quantization
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def streamed(folder, out, **options):
@@ -48,48 +29,15 @@ def assert_same(found, expected):
         assert found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name]), name
 
 
-def is_matrix(name):
-    """Whether FP8 checkpoints quantize it."""
-    return name.endswith("_proj.weight")
-
-
-def block_scale(w, i, j, size):
-    """Scale of one block of `size` x `size`, by hand."""
-    return w[i * size : (i + 1) * size, j * size : (j + 1) * size].float().abs().max() / 448
-
-
 @pytest.mark.parametrize("kind", ["block", "row", "tensor"])
 def test_fp8_sources_are_read_as_the_weights_that_they_stand_for(kind, tmp_path):
     tiny("llama", tmp_path / "m", dtype=torch.bfloat16)
-    plain_values, size = {}, 32
-
-    def change(tensors):
-        out = {}
-        for name, w in tensors.items():
-            if not is_matrix(name):
-                out[name] = plain_values[name] = w
-                continue
-            w = w.float()
-            if kind == "block":
-                scale = torch.tensor(
-                    [
-                        [block_scale(w, i, j, size) for j in range(w.shape[1] // size)]
-                        for i in range(w.shape[0] // size)
-                    ]
-                )
-                full = scale.repeat_interleave(size, 0).repeat_interleave(size, 1)
-            elif kind == "row":
-                scale = full = w.abs().amax(1, keepdim=True) / 448
-            else:
-                scale, full = (w.abs().max() / 448).reshape(1), w.abs().max() / 448
-            out[name] = (w / full).to(torch.float8_e4m3fn)
-            out[f"{name}_scale_inv" if kind == "block" else f"{name}_scale"] = scale
-            plain_values[name] = (out[name].float() * full).to(torch.bfloat16)
-        return out
-
+    size = 32
     config = {"quant_method": "fp8", "weight_block_size": [size, size]}
-    source = rewritten(tmp_path / "m", tmp_path / "fp8", change, config)
-    plain = rewritten(tmp_path / "m", tmp_path / "plain", lambda tensors: plain_values)
+    source = rewritten(
+        tmp_path / "m", tmp_path / "fp8", lambda tensors: in_fp8(tensors, kind, size)[0], config
+    )
+    plain = rewritten(tmp_path / "m", tmp_path / "plain", lambda tensors: in_fp8(tensors, kind, size)[1])
     assert_same(streamed(source, tmp_path / "a"), streamed(plain, tmp_path / "b"))
 
 
@@ -106,41 +54,9 @@ def test_a_missing_partner_is_named(tmp_path):
 
 def test_mxfp4_experts_are_read_as_the_weights_that_they_stand_for(tmp_path):
     tiny("gpt-oss", tmp_path / "m", dtype=torch.bfloat16)
-    values = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-    values += [-value for value in values]
-    plain_values = {}
-    make = torch.Generator().manual_seed(0)
-
-    def change(tensors):
-        out = {}
-        for name, w in tensors.items():
-            if not name.endswith(("gate_up_proj", "down_proj")):
-                out[name] = plain_values[name] = w
-                continue
-            experts, columns, rows = w.shape
-            blocks = torch.randint(
-                0, 256, (experts, rows, columns // 32, 16), generator=make, dtype=torch.uint8
-            )
-            scales = torch.randint(
-                118, 124, (experts, rows, columns // 32), generator=make, dtype=torch.uint8
-            )
-            out[f"{name}_blocks"], out[f"{name}_scales"] = blocks, scales
-            full = torch.empty(experts, rows, columns)
-            for e in range(experts):
-                for r in range(rows):
-                    row = []
-                    for bytes_, scale in zip(blocks[e, r].tolist(), scales[e, r].tolist()):
-                        for byte in bytes_:
-                            row += [
-                                values[byte & 15] * 2.0 ** (scale - 127),
-                                values[byte >> 4] * 2.0 ** (scale - 127),
-                            ]
-                    full[e, r] = torch.tensor(row)
-            plain_values[name] = full.transpose(1, 2).to(torch.bfloat16)
-        return out
-
-    source = rewritten(tmp_path / "m", tmp_path / "mxfp4", change, {"quant_method": "mxfp4"})
-    plain = rewritten(tmp_path / "m", tmp_path / "plain", lambda tensors: plain_values)
+    config = {"quant_method": "mxfp4"}
+    source = rewritten(tmp_path / "m", tmp_path / "mxfp4", lambda tensors: in_mxfp4(tensors)[0], config)
+    plain = rewritten(tmp_path / "m", tmp_path / "plain", lambda tensors: in_mxfp4(tensors)[1])
     assert_same(streamed(source, tmp_path / "a"), streamed(plain, tmp_path / "b"))
 
 

@@ -1,9 +1,12 @@
 """Streaming: the bytes of the in-memory run with any number of workers, resumption, and faults that name the file."""
 
 import json
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from functools import cache
 
 import pytest
@@ -16,6 +19,7 @@ from auto_round.core.errors import ModelError, OutputError, PlanError
 from auto_round.jobs import export
 from auto_round.jobs.workers import in_threads
 from auto_round.models.shards import ShardWriter
+from auto_round.models.stored import lacking
 
 SMALL = {"group_size": 32, "iters": 0, "disable_opt_rtn": True}
 MODELS = ("llama", "qwen3-moe", "gpt2", "gpt-oss")
@@ -287,3 +291,91 @@ def test_a_trillion_parameters_are_planned_from_headers_in_seconds_and_bounded_m
     assert layers > 61 * 3 * 384
     assert 0.5 < nbytes / count < 0.54  # 4 bits, and a scale and a zero point for 128 weights
     assert seconds < 120 and used < 2e9
+
+
+BLOCKS = ("input_layernorm.weight", "mlp.up_proj.weight", "self_attn.q_norm.weight")
+
+
+def names(blocks, *, without=(), extra=()):
+    """Tensors of `blocks` blocks."""
+    every = [f"model.layers.{i}.{name}" for i in range(blocks) for name in BLOCKS]
+    return [name for name in [*every, *extra, "lm_head.weight"] if name not in without]
+
+
+def test_what_every_other_block_has_is_missed():
+    norm, expert = "model.layers.1.self_attn.q_norm.weight", "model.layers.2.mlp.experts.3.up_proj.weight"
+    experts = [expert.replace(".2.", f".{i}.", 1) for i in range(4)]
+    assert lacking(names(4)) is None
+    assert lacking(names(4, without=[norm])) == norm
+    assert lacking(names(4, extra=experts, without=[expert])) == expert
+    whole = [name for name in names(4) if name.startswith("model.layers.2.")]
+    assert lacking(names(4, without=whole)) == "model.layers.2"
+
+
+def test_blocks_of_several_kinds_are_not_taken_for_damaged_ones():
+    # One dense block before mixtures, a block that predicts more tokens, and norms in every other block.
+    dense = [f"model.layers.{i}.mlp.experts.0.up_proj.weight" for i in (1, 2, 3)]
+    assert lacking(names(4, extra=["model.layers.0.mlp.gate_proj.weight", *dense])) is None
+    assert lacking(names(4, extra=["model.layers.3.eh_proj.weight"])) is None
+    assert lacking(names(4, without=[f"model.layers.{i}.self_attn.q_norm.weight" for i in (0, 2)])) is None
+    assert lacking(names(2, without=["model.layers.0.self_attn.q_norm.weight"])) is None
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_model_free_notices_a_missing_norm(known, tmp_path, caplog):
+    tiny("llama", tmp_path / "m", dtype=torch.bfloat16, num_hidden_layers=3)
+    norm = "model.layers.1.post_attention_layernorm.weight"
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    del tensors[norm]
+    save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    if known:
+        with pytest.raises(ModelError, match=f"{norm} is missing"):
+            run(tmp_path / "m", tmp_path / "out", model_free=True)
+        assert not (tmp_path / "out").exists()
+        return
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "model_type": "nobody"}))
+    run(tmp_path / "m", tmp_path / "out", model_free=True)
+    assert f"{norm} is not in the checkpoint, though every other block has one" in caplog.text
+
+
+SLOWLY = """
+import sys, time
+from auto_round import AutoRound
+from auto_round.models.shards import ShardWriter
+put = ShardWriter.put
+def slowly(self, name, tensor):
+    time.sleep(0.01)
+    put(self, name, tensor)
+ShardWriter.put = slowly
+options = dict(group_size=32, model_free=True, workers=2, max_shard_size="60KB", resume=True)
+AutoRound(sys.argv[1], **options).quantize_and_save(sys.argv[2])
+"""
+
+
+def killed(model, out, lines, more):
+    """Begin or go on with a run in a process of its own, killed `more` seconds after `lines` lines of its ledger.
+
+    Whether there was a process left to kill."""
+    process = subprocess.Popen([sys.executable, "-c", SLOWLY, model, out], stderr=subprocess.DEVNULL)
+    ledger = out / export.STAGING / "ledger.jsonl"
+    while process.poll() is None and (not ledger.is_file() or ledger.read_bytes().count(b"\n") < lines):
+        time.sleep(0.002)
+    time.sleep(more)
+    process.kill()
+    return process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
+def test_runs_killed_at_any_moment_go_on_to_the_same_bytes(kills, folder_of, tmp_path):
+    options = {"model_free": True, "max_shard_size": "60KB"}
+    expected = run(folder_of("qwen3-moe"), tmp_path / "whole", **options)
+    make, caught = random.Random(kills), 0
+    for turn in range(kills):
+        # Moments lie all over the run: what is finished is read back first, and counts as lines.
+        lines = (turn + make.random()) / kills * 34
+        caught += killed(folder_of("qwen3-moe"), tmp_path / "out", int(lines), make.random() / 50)
+        assert not (tmp_path / "out" / "config.json").exists() or turn == kills - 1
+    assert caught >= kills - 1
+    # A kill after the last line may have come too late: then all is there, or was being put in place.
+    assert run(folder_of("qwen3-moe"), tmp_path / "out", workers=2, resume=True, **options) == expected

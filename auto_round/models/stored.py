@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from auto_round.models.subject import Subject
 
 logger = logging.getLogger("auto_round")
 WEIGHT = ".weight"
+SIBLINGS = 3  # blocks from which on the one that differs is the odd one
 
 
 def streamed_subject(
@@ -124,6 +125,29 @@ def block_of(tensor: str) -> str | None:
     # The first number: later ones count experts inside a block.
     at = next((i for i, part in enumerate(parts) if part.isdigit() and 0 < i < len(parts) - 1), None)
     return None if at is None else ".".join(parts[: at + 1])
+
+
+def lacking(infos: Iterable[str]) -> str | None:
+    """The tensor or block that seems to be missing among the tensors `infos`, since all others have it, or None."""
+    lists: dict[str, dict[int, set[str]]] = {}
+    for tensor in infos:
+        block = block_of(tensor)
+        if block is not None:
+            path, _, number = block.rpartition(".")
+            lists.setdefault(path, {}).setdefault(int(number), set()).add(tensor.removeprefix(f"{block}."))
+    for path, blocks in lists.items():
+        gaps = set(range(max(blocks))) - blocks.keys()
+        if gaps:
+            return f"{path}.{min(gaps)}"
+        owners = Counter(name for names in blocks.values() for name in names)
+        for index, names in blocks.items():
+            # A block with something of its own is of another kind: a dense one before mixtures of experts, for example.
+            if len(blocks) < SIBLINGS or any(owners[name] == 1 for name in names):
+                continue
+            absent = sorted(name for name in owners.keys() - names if owners[name] == len(blocks) - 1)
+            if absent:
+                return f"{path}.{index}.{absent[0]}"
+    return None
 
 
 def _reason(tensor: str, info: TensorInfo, block: str | None, text: Mapping[str, Any]) -> str | None:

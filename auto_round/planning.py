@@ -66,11 +66,18 @@ def base_scheme(options: Options) -> Scheme:
     return scheme
 
 
+COMPRESSED_WHEN_STREAMED = ("MXFP4", "MXFP8")
+
+
 def formats_for(options: Options, base: Scheme, given: str | None = None) -> list[Format]:
     """The formats given here or in the options, or what the scheme stands for: a GGUF scheme is a format too."""
     scheme = options.scheme
     meant = scheme.lower() if isinstance(scheme, str) and scheme.upper().startswith("GGUF:") else None
-    formats = parse_formats(given or options.format or meant or "auto_round")
+    # What the guide promises for model-free mode; other flows write these schemes as auto_round.
+    served = options.model_free and base in map(preset, COMPRESSED_WHEN_STREAMED)
+    formats = parse_formats(
+        given or options.format or meant or ("llm_compressor" if served else "auto_round")
+    )
     for fmt in formats:
         if meant is not None and fmt.name != meant and (fmt.whole_model or fmt.holds_codes):
             raise PlanError(

@@ -241,6 +241,19 @@ def test_layers_tuned_as_one_matrix_become_what_they_become_alone(monkeypatch):
     assert all(torch.equal(together[name], alone[name]) for name in together)
 
 
+@pytest.mark.parametrize(
+    ("kind", "minmax_lr", "share"), [("none", None, 1), ("search", None, 1 / 16), ("search", 0.04, 1 / 2)]
+)
+def test_a_range_that_was_searched_moves_a_sixteenth_as_far_as_an_offset(kind, minmax_lr, share):
+    block, spec, knobs, report = Linears(), TensorSpec(bits=2, group=16), {}, BlockReport()
+    one_step = SignRound(iters=1, lr=0.08, minmax_lr=minmax_lr, published=True, best_state=False)
+    for step in [*start(kind), one_step]:
+        knobs = step.block(block, plan_of(block, spec), knobs, report)
+    ends = torch.cat([own[end] for own in knobs.values() for end in ("low", "high")])
+    assert (ends - 1).abs().max() == pytest.approx(0.08 * share, rel=1e-4)
+    assert max(own["round"].abs().max() for own in knobs.values()) == pytest.approx(0.08)
+
+
 def test_the_published_procedure_keeps_what_it_tuned_and_holds_nothing_back():
     block, spec = Linears(), TensorSpec(bits=2, group=16)
     seen = set()

@@ -115,7 +115,9 @@ class Tuning:
     start: Annotated[Text, _flag("start", help="Before tuning: gptq (default), search or none.")] = None
     iters: Annotated[Number, _flag("iters", "iter", help="Sign steps per block; 0: round to nearest.")] = None
     lr: Annotated[Real, _flag("lr", help="Step size; default 1 / iters.")] = None
-    minmax_lr: Annotated[Real, _flag("minmax-lr", help="Step size of the ranges; default lr.")] = None
+    minmax_lr: Annotated[
+        Real, _flag("minmax-lr", help="Step size of the ranges; default lr, less where searched.")
+    ] = None
     momentum: Annotated[float, _flag("momentum")] = 0.0
     batch_size: Annotated[Number, _flag("batch-size", "train-bs", "bs", help="Samples per step.")] = None
     gradient_accumulate_steps: Annotated[

@@ -28,6 +28,7 @@ HELD_OUT_SHARE, HELD_OUT_MOST = 8, 16  # an eighth of the samples, at most 16
 CHECKS, CHECK_STEPS = 10, 5  # held-out losses while tuning, at least so many steps apart
 BFLOAT16_NOISE = 2.0**-18 / 3  # mean squared relative error of rounding to 8 significant bits, at most
 TRIMMED = 0.001  # share of the outputs that an outlier-trimmed loss leaves out
+RANGE_SHARE = 1 / 16  # rate of a range that a search has found, to that of the offsets
 LOSS_FACTOR = 1000.0  # keeps small gradients out of underflow; their sign is all that counts
 VECTOR_STEPS = 15  # a norm or bias moves as a weight of 4 bits would, but is not rounded
 AS_GOOD_AS_EXACT = "as good as exact"
@@ -105,7 +106,8 @@ class SignRound(Step):
     weights lie near the middle between two codes and can still change. published: as in the paper, all samples are
     trained on, the best state is that of the step with the least loss on its own batch, and it is kept in any case.
     lr: step size, default 1 / iters, so that the linearly decaying steps add up to half a code.
-    minmax_lr: step size of the range factors, default lr. adam: AdamW instead of the sign of the gradient.
+    minmax_lr: step size of the range factors, default lr, or a sixteenth of it where they were searched: such a range
+    is near its best already, and a step of lr would shift the outer codes. adam: AdamW in place of the sign.
     schedule: factor on the rates by the share of steps done. patience: if above 0, stop so many steps after the best.
     trim_below: in blocks with a layer of at most that many bits, a thousandth of the outputs is left out of the loss
     that is trained on, those furthest off (SignRoundV2, arXiv:2512.04746). norm_bias: norms and biases are tuned too.
@@ -253,15 +255,15 @@ class SignRound(Step):
         for name, knob in codec.knobs(spec, (weight.shape[0], weight.shape[1])).items():
             if not knob.per_value and not self.minmax:
                 continue
-            own = rate if knob.per_value else (self.minmax_lr or rate)
+            # A range that was searched may also grow; one that spans all values of its group only shrinks.
+            searched = bool(start) and codec.holds_grid(spec) and not knob.per_value
+            own = rate if knob.per_value else self.minmax_lr or (rate * RANGE_SHARE if searched else rate)
             first = start.get(
                 name, torch.full(knob.shape, knob.neutral, dtype=torch.float32, device=weight.device)
             )
             if knob.per_value:
                 # Not in place: the incoming knobs are a candidate of their own.
                 first = first * self.offset_share
-            # A range that was searched may also grow; one that spans all values of its group only shrinks.
-            searched = bool(start) and codec.holds_grid(spec) and not knob.per_value
             most = 2 * knob.neutral - knob.low if searched else knob.high
             # Bounds move with the start: an offset may go half a code either way from where it begins.
             below, above = knob.low - knob.neutral, most - knob.neutral

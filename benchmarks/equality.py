@@ -2,7 +2,8 @@
 
     python benchmarks/equality.py MODEL --peer PYTHON --work FOLDER --out equality.jsonl
 
-Weights are dequantized here, independently of both packages: GPTQ's packing (codes, zero points less one, scales) and
+Upstream's guide promises that its model-free mode equals its regular flow; for the MX types, where it does not, the
+weights of that flow are compared too (`regular_unequal`). Weights are dequantized here, independently of both packages: GPTQ's packing (codes, zero points less one, scales) and
 compressed-tensors' MXFP4 and MXFP8.
 """
 
@@ -28,7 +29,15 @@ from auto_round import AutoRound
 if __name__ == "__main__":
     source, out, scheme, sym = sys.argv[1:]
     options = {} if sym == "sym" else {"sym": False}
-    AutoRound(source, scheme=scheme, model_free=True, **options).quantize_and_save(out, **FORMAT)
+    AutoRound(source, scheme=scheme, model_free=True, **options).quantize_and_save(out)
+"""
+REGULAR = """
+import sys
+from auto_round import AutoRound
+if __name__ == "__main__":
+    source, out, scheme, sym = sys.argv[1:]
+    job = AutoRound(source, scheme=scheme, iters=0, disable_opt_rtn=True, disable_model_free=True)
+    job.quantize_and_save(out, format="fake")
 """
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -39,12 +48,12 @@ def unpacked(words: Tensor, bits: int) -> Tensor:
     return ((words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2)
 
 
-def gptq(tensors: dict[str, Tensor]) -> Tensor:
-    """(O, I) of qweight, qzeros, scales."""
+def gptq(tensors: dict[str, Tensor], offset: int) -> Tensor:
+    """(O, I) of qweight, qzeros, scales. offset: what was taken from the zero points before they were stored."""
     scales = tensors["scales"].float()
     bits = tensors["qzeros"].shape[1] * 32 // scales.shape[1]
     codes = unpacked(tensors["qweight"].t().contiguous(), bits)
-    zeros = (unpacked(tensors["qzeros"], bits) + 1) & ((1 << bits) - 1)
+    zeros = (unpacked(tensors["qzeros"], bits) + offset) & ((1 << bits) - 1)
     group = codes.shape[1] // scales.shape[0]
     spread = [table.t().repeat_interleave(group, dim=1) for table in (zeros, scales)]
     return (codes - spread[0]) * spread[1]
@@ -67,8 +76,10 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
 
 
-def weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def weights(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Layer -> dequantized weight, for the quantized layers."""
+    said = json.loads((folder / "config.json").read_text())["quantization_config"]
+    offset = 1 if said.get("packing_format") == "auto_round:auto_gptq" else 0
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
@@ -76,7 +87,7 @@ def weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for layer, parts in layers.items():
         if "qweight" in parts:
-            found[layer] = gptq(parts)
+            found[layer] = gptq(parts, offset)
         elif "weight_scale" in parts:
             found[layer] = mx(parts)
     return found
@@ -90,7 +101,7 @@ def compared(ours: Path, theirs: Path) -> dict[str, object]:
         for name in a.keys() & b.keys()
         if a[name].dtype == b[name].dtype and torch.equal(a[name], b[name])
     ]
-    values, others = weights(a), weights(b)
+    values, others = weights(ours, a), weights(theirs, b)
     apart = {layer: float((values[layer] - others[layer]).abs().max()) for layer in values if layer in others}
     unequal = sum(int((values[layer] != others[layer]).sum()) for layer in apart)
     return {
@@ -101,6 +112,15 @@ def compared(ours: Path, theirs: Path) -> dict[str, object]:
         "unequal_weights": unequal, "weights": sum(w.numel() for w in values.values()),
         "largest_difference": max(apart.values(), default=0.0),
     }  # fmt: skip
+
+
+def unlike_regular(ours: Path, regular: Path) -> int:
+    """Weights that differ from those of a folder of dequantized ones."""
+    folder = next(regular.rglob("*.safetensors")).parent
+    plain, values = tensors_of(folder), weights(ours, tensors_of(ours))
+    return sum(
+        int((w.to(plain[f"{n}.weight"].dtype) != plain[f"{n}.weight"]).sum()) for n, w in values.items()
+    )
 
 
 def main() -> None:
@@ -115,23 +135,20 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     for scheme, sym in [*((name, "sym") for name in PRESETS), *((name, "asym") for name in ASYMMETRIC)]:
-        # Each side in the packing that the guide names for these schemes.
-        names = ("auto_round", "llm_compressor" if scheme.startswith("MX") else "auto_round:auto_gptq")
-        folders = []
-        for side, python, fmt in (("theirs", args.peer, names[0]), ("ours", sys.executable, names[1])):
-            out, script = args.work / side, args.work / f"{side}.py"
+        sides = {"ours": (sys.executable, SCRIPT), "theirs": (args.peer, SCRIPT)}
+        if scheme.startswith("MX"):
+            sides["regular"] = (args.peer, REGULAR)
+        for side, (python, text) in sides.items():
+            script, out = args.work / f"{side}.py", args.work / side
             shutil.rmtree(out, ignore_errors=True)
-            script.write_text(SCRIPT.replace("FORMAT", repr({"format": fmt})))
+            script.write_text(text)
             env = {k: v for k, v in os.environ.items() if side == "ours" or k != "PYTHONPATH"}
             command = [python, script, args.model.resolve(), out, scheme, sym]
             subprocess.run(command, check=True, env=env, cwd=args.work, capture_output=True)
-            folders.append(out)
-        entry = {
-            "model": args.model.name,
-            "scheme": scheme,
-            "sym": sym == "sym",
-            **compared(folders[1], folders[0]),
-        }
+        about = {"model": args.model.name, "scheme": scheme, "sym": sym == "sym"}
+        entry = {**about, **compared(args.work / "ours", args.work / "theirs")}
+        if "regular" in sides:
+            entry["regular_unequal"] = unlike_regular(args.work / "ours", args.work / "regular")
         print(entry, flush=True)
         with args.out.open("a") as file:
             file.write(json.dumps(entry) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +94,13 @@ def _siblings(folder: Path) -> str:
     return nearest(folder.name, [path.name for path in folder.parent.iterdir()])
 
 
+def _broken_lines() -> tuple[type[Exception], ...]:
+    """What the library that the hub's client is built on raises when a connection breaks off."""
+    # Its errors are no OSErrors, other than those of the library before it; which one it is changed twice already.
+    modules = [module for name in ("httpx", "httpx2") if (module := sys.modules.get(name)) is not None]
+    return tuple(module.HTTPError for module in modules)
+
+
 def _download(model: str, *, platform: str, revision: str | None, only: str | None = None) -> Path:
     """A snapshot of the hub model, or of the files of it that match `only`."""
     wanted: dict[str, Any] = {"ignore_patterns": ["*.bin", "*.gguf", "*.h5", "original/*"]}
@@ -110,10 +118,11 @@ def _download(model: str, *, platform: str, revision: str | None, only: str | No
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     logger.info("fetching %s from the hub", model)
+    failures: tuple[type[Exception], ...] = (HfHubHTTPError, HFValidationError, OSError, *_broken_lines())
     try:
         return Path(snapshot_download(model, revision=revision, **wanted))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        first_line = str(error).splitlines()[0]
+    except failures as error:
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"model {model!r}: no folder of that name, and the hub did not give it ({first_line}). "
             "Check the name and the network"

@@ -1,0 +1,133 @@
+"""Models on a hub that hangs up: a small server in the test plays the hub, and breaks off in the middle of a file."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import huggingface_hub.constants as hub
+import pytest
+import torch
+from models import tiny
+
+from auto_round import AutoRound
+from auto_round.core.errors import ModelError
+
+SMALL = {"group_size": 32, "model_free": True, "workers": 1}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves the files of `folder` as owner/name; of `broken`, the first `failures` answers end halfway."""
+
+    daemon_threads = True
+
+    def __init__(self, folder, broken="", failures=0):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        self.broken, self.failures, self.asked = broken, failures, []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, request, address):
+        """Clients that give up are part of the test."""
+
+
+class Answer(BaseHTTPRequestHandler):
+    """One request."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        """Nothing."""
+
+    def do_HEAD(self):
+        """About a file."""
+        self.send(self.path)
+
+    def do_GET(self):
+        """A file or its list."""
+        self.send(self.path, body=True)
+
+    def send(self, path, *, body=False):
+        """Answer with what is at `path`."""
+        name = path.partition("?")[0].rpartition("/")[2]
+        self.server.asked.append((self.command, name))
+        if path.startswith("/api/"):
+            listed = [{"rfilename": file} for file in self.server.files]
+            if "/tree/" in path:
+                listed = [
+                    {"type": "file", "path": file, "size": len(data), "oid": file}
+                    for file, data in self.server.files.items()
+                ]
+                content = json.dumps(listed).encode()
+            else:
+                content = json.dumps({"id": "owner/name", "sha": COMMIT, "siblings": listed}).encode()
+            return self.reply(200, content, {"Content-Type": "application/json"}, body=body)
+        if name not in self.server.files:
+            return self.reply(404, b"", {"X-Error-Code": "EntryNotFound"}, body=body)
+        content, headers = self.server.files[name], {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT}
+        begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0] or 0)
+        if begin:
+            headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+        cut = body and name == self.server.broken and self.server.failures > 0
+        self.server.failures -= cut
+        return self.reply(206 if begin else 200, content[begin:], headers, body=body, cut=cut)
+
+    def reply(self, status, content, headers, *, body, cut=False):
+        """Send it, or, `cut`, half of it."""
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(content)), "Accept-Ranges": "bytes", **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content[: len(content) // 2] if cut else content)
+        if cut:
+            self.close_connection = True
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model."""
+    found = tmp_path_factory.mktemp("hub") / "m"
+    tiny("llama", found, dtype=torch.bfloat16)
+    return found
+
+
+@pytest.fixture
+def serve(folder, tmp_path, monkeypatch):
+    """A function that starts a hub, which the libraries then talk to with an empty cache."""
+
+    def start(*broken):
+        server = Hub(folder, *broken)
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(hub, "ENDPOINT", address)
+        template = hub.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", address)
+        monkeypatch.setattr(hub, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+        return server
+
+    return start
+
+
+def written(folder):
+    """Name -> bytes."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("failures", [0, 1])
+def test_a_download_that_breaks_off_is_gone_on_with(failures, folder, serve, tmp_path):
+    AutoRound(folder, **SMALL).quantize_and_save(tmp_path / "local")
+    server = serve("model.safetensors", failures)
+    AutoRound("owner/name", **SMALL).quantize_and_save(tmp_path / "out")
+    assert written(tmp_path / "out") == written(tmp_path / "local")
+    assert server.asked.count(("GET", "model.safetensors")) == 1 + failures
+
+
+def test_a_download_that_always_breaks_off_names_the_model_and_writes_nothing(serve, tmp_path):
+    server = serve("model.safetensors", 1000)
+    with pytest.raises(ModelError, match=r"owner/name.*the hub did not give it"):
+        AutoRound("owner/name", **SMALL).quantize_and_save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    server.failures = 0  # the line is mended: the same call succeeds, with what had arrived
+    AutoRound("owner/name", **SMALL).quantize_and_save(tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()

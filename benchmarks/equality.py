@@ -3,8 +3,8 @@
     python benchmarks/equality.py MODEL --peer PYTHON --work FOLDER --out equality.jsonl
 
 Upstream's guide promises that its model-free mode equals its regular flow; for the MX types, where it does not, the
-weights of that flow are compared too (`regular_unequal`). Weights are dequantized here, independently of both packages: GPTQ's packing (codes, zero points less one, scales) and
-compressed-tensors' MXFP4 and MXFP8.
+weights of that flow are compared too (`regular_unequal`). Weights are dequantized here, independently of both packages:
+GPTQ's packing (codes, zero points, scales) and compressed-tensors' MXFP4 and MXFP8.
 """
 
 from __future__ import annotations

@@ -43,6 +43,8 @@ def run(args: argparse.Namespace, nodes: int) -> dict[str, object]:
 
     from auto_round import AutoRound
 
+    # Ray's processes give way to all others by default: on a machine that does anything else they would measure that.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     work = args.folder.parent / f"{args.folder.name}-spread"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:

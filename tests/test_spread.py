@@ -142,6 +142,8 @@ def nodes():
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
+    # Ray's processes give way to all others by default, and may wait for minutes on a machine that is busy.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     yield SimpleNamespace(address=found.address, add=lambda: found.add_node(num_cpus=1))
     found.shutdown()

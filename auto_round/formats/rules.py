@@ -5,8 +5,9 @@ Rules look at names, shapes, dtypes and settings; those in `DEEP` read the codes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -64,11 +65,17 @@ class Sheet:
 
     def stored(self, module: str) -> dict[str, TensorInfo]:
         """The tensors of a module by suffix, its bias left out."""
-        start = f"{self.prefix.get(module, module)}."
-        found = {
-            name.removeprefix(start): info for name, info in self.infos.items() if name.startswith(start)
-        }
-        return {suffix: info for suffix, info in found.items() if "." not in suffix and suffix != "bias"}
+        found = self._by_module.get(self.prefix.get(module, module), {})
+        return {suffix: info for suffix, info in found.items() if suffix != "bias"}
+
+    @cached_property
+    def _by_module(self) -> dict[str, dict[str, TensorInfo]]:
+        # Once for all: a mixture of experts has ten thousands of layers, each of which asks several times.
+        found: dict[str, dict[str, TensorInfo]] = {}
+        for name, info in self.infos.items():
+            module, _, suffix = name.rpartition(".")
+            found.setdefault(module, {})[suffix] = info
+        return found
 
     def scheme(self, layer: str) -> Scheme:
         """What the settings say about `layer`, with the dtype in which its scales are in fact stored."""
@@ -157,16 +164,21 @@ def other_tensors(sheet: Sheet) -> Iterator[Finding]:
             yield Finding("missing", name, "missing")
         elif sheet.infos[name].shape != shape:
             yield Finding("shape", name, f"shape {sheet.infos[name].shape}, the model has {shape}")
-    starts = tuple(f"{prefix}." for prefix in sheet.prefix.values())
+    owners = {*sheet.prefix.values()}
     pieces = {layer.parameter for layer in sheet.body.layers.values()}
     blocks = tuple(f"{block}." for blocks in sheet.body.block_lists for block in blocks)
     lists = tuple(f"{prefix}." for prefix in sheet.body.prefixes)
     for name in sheet.infos:
-        if name in sheet.plain or name in pieces or name.startswith(starts) or name.endswith(CACHE_SCALES):
+        if name in sheet.plain or name in pieces or _inside(name, owners) or name.endswith(CACHE_SCALES):
             continue
         # Layers past the last block predict further tokens; transformers leaves them alone, servers use them.
         if name.startswith(blocks) or not name.startswith(lists):
             yield Finding("extra", name, "the model has no such parameter")
+
+
+def _inside(name: str, modules: Collection[str]) -> bool:
+    """Whether `name` lies in one of `modules`, at any depth."""
+    return any(name[:at] in modules for at, mark in enumerate(name) if mark == ".")
 
 
 def scales_are_usable(sheet: Sheet) -> Iterator[Finding]:

@@ -203,65 +203,66 @@ def test_tuned_logits_are_closer_to_the_original_than_rounded_ones(name):
     )
 
 
-def hidden_states(model, ids):
-    """What the experts of the last block get, (T, H)."""
+def inputs_of(experts, model, ids):
+    """What `experts` get, (T, H)."""
     seen = []
-    handle = model.model.layers[1].mlp.experts.register_forward_pre_hook(
-        lambda module, args: seen.append(args[0])
-    )
+    handle = experts.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))
     logits(model, ids)
     handle.remove()
     return seen[0]
 
 
+@torch.no_grad()
 def starving(name):
-    """A model whose routers never choose expert 3."""
+    """A model whose routers never choose expert 3: by its bias, or by a channel that is large for every token."""
     model = tiny(name)
-    for block in model.model.layers:
+    for path, router in model.named_modules():
+        if path.rpartition(".")[2] not in ("gate", "router") or len(router.weight) != 4:
+            continue
         if name == "gpt-oss":
-            block.mlp.router.bias.data[3] = -100.0
-        elif hasattr(block.mlp, "experts"):
-            block.mlp.gate.e_score_correction_bias[3] = -100.0
+            router.bias[3] = -100.0
+        elif name == "deepseek-v3":
+            router.e_score_correction_bias[3] = -100.0
+        else:
+            model.model.embed_tokens.weight[:, 0] = 100.0
+            router.weight[3] = 0.0
+            router.weight[3, 0] = -100.0
     return model
 
 
-@pytest.mark.parametrize(("name", "iters"), [("gpt-oss", 3), ("deepseek-v3", 0)])
+STARVED = [("gpt-oss", 3), *((name, 0) for name in MOES if name != "gpt-oss")]
+STARVED = [each if each[0] in BRIEFLY else pytest.param(*each, marks=pytest.mark.slow) for each in STARVED]
+
+
+@pytest.mark.parametrize(("name", "iters"), STARVED)
 def test_a_starved_expert_is_named_and_no_worse_than_rounded(name, iters, caplog):
-    model, watch = starving(name), Watch()
-    data = samples(8)
-    x = hidden_states(model, torch.stack(data))
-    fused = model.model.layers[1].mlp.experts
-    before = {
-        layer.name: layer.matrix(getattr(fused, layer.parameter.rpartition(".")[2]).clone())
-        for layer in thirds(model)
-    }
-    plain, _ = AutoRound(copy.deepcopy(model), **RTN).quantize()
+    model, watch, data = starving(name), Watch(), samples(8)
+    experts = f"model.layers.1.{PLACES.get(name, 'mlp.experts')}"
+    fused = model.get_submodule(anatomy(model).experts[-1].path)
+    x = inputs_of(fused, model, torch.stack(data))
+    found = [layer for n, layer in anatomy(model).layers.items() if n.startswith(f"{experts}.3.")]
+
+    def matrices(other):
+        return [layer.matrix(other.get_parameter(layer.parameter)).detach().clone() for layer in found]
+
+    before, plain = matrices(model), AutoRound(copy.deepcopy(model), **RTN).quantize()[0]
     job = AutoRound(model, **{**SMALL, "iters": iters, "nsamples": 8, "dataset": data})
     job.observers.append(watch)
     job.quantize()
-    assert watch.results[1].tokens["model.layers.1.mlp.experts.3"] == 0
-    assert set(before) <= set(watch.results[1].starved)
-    assert "model.layers.1.mlp.experts.3 (0 tokens)" in caplog.text
-    inner = inner_states(fused, x, before)
-    for layer in thirds(model):
-        inputs = inner if layer.name.endswith("down_proj") else x
-        errors = [
-            (
-                (
-                    layer.matrix(getattr(m.model.layers[1].mlp.experts, layer.parameter.rpartition(".")[2]))
-                    - before[layer.name]
-                )
-                @ inputs.T
-            ).norm()
-            for m in (model, plain)
-        ]
-        assert errors[0].isfinite() and errors[0] <= errors[1] * (1 + 1e-5), layer.name
+    assert watch.results[1].tokens[f"{experts}.3"] == 0
+    assert {layer.name for layer in found} <= set(watch.results[1].starved)
+    assert f"{experts}.3 (0 tokens)" in caplog.text
+    inner = inner_states(fused, x, *before[:2])
+    for own, rounded, weight, inputs in zip(matrices(model), matrices(plain), before, (x, x, inner)):
+        error, allowed = (((w - weight) @ inputs.T).norm() for w in (own, rounded))
+        assert error.isfinite() and error <= allowed * (1 + 1e-5)
 
 
 @torch.no_grad()
 def test_quantized_inputs_of_experts_are_those_of_each_layer():
     model = tiny("gpt-oss")
-    fused, layers = model.model.layers[1].mlp.experts, thirds(model)
+    fused, place = model.model.layers[1].mlp.experts, "model.layers.1.mlp.experts.3."
+    layers = [layer for path, layer in anatomy(model).layers.items() if path.startswith(place)]
     act = preset("MXFP4").act
     grids = {layer.name: InputGrid(act, {}) for layer in layers}
     (experts,) = [found for found in anatomy(model).experts if found.path == "model.layers.1.mlp.experts"]
@@ -269,27 +270,16 @@ def test_quantized_inputs_of_experts_are_those_of_each_layer():
     routing = torch.tensor([[3]] * 5), torch.full((5, 1), 0.5)
     with quantized_expert_inputs(fused, experts, grids):
         found = fused(x, *routing)
-    weights = {
-        layer.name: layer.matrix(getattr(fused, layer.parameter.rpartition(".")[2])) for layer in layers
-    }
-    inner = fake_inputs(inner_states(fused, fake_inputs(x, act, {}), weights), act, {})
-    expected = inner @ weights["model.layers.1.mlp.experts.3.down_proj"].T + fused.down_proj_bias[3]
+    gate, up, down = (layer.matrix(model.get_parameter(layer.parameter)) for layer in layers)
+    inner = fake_inputs(inner_states(fused, fake_inputs(x, act, {}), gate, up), act, {})
+    expected = inner @ down.T + fused.down_proj_bias[3]
     torch.testing.assert_close(found, 0.5 * expected)
     assert not torch.allclose(found, fused(x, *routing), atol=1e-3)
 
 
-def thirds(model):
-    """The layers of expert 3 of the last block."""
-    return [
-        layer
-        for name, layer in anatomy(model).layers.items()
-        if name.startswith("model.layers.1.mlp.experts.3.")
-    ]
-
-
-def inner_states(fused, x, weights):
-    """What the down projection of expert 3 gets when every token of `x` is sent to it."""
-    gate, up = (x @ weights[f"model.layers.1.mlp.experts.3.{name}"].T for name in ("gate_proj", "up_proj"))
+def inner_states(fused, x, gate, up):
+    """What the down projection of expert 3 gets when every token of `x` is sent to it, by its other two matrices."""
+    gate, up = x @ gate.T, x @ up.T
     if hasattr(fused, "limit"):  # GPT-OSS
         gate, up = gate + fused.gate_up_proj_bias[3, ::2], up + fused.gate_up_proj_bias[3, 1::2]
         gate, up = gate.clamp(max=fused.limit), up.clamp(-fused.limit, fused.limit)

@@ -149,7 +149,7 @@ def nodes():
     found.shutdown()
 
 
-def dies_once(order, share):
+def dies_once(order, share, fill=fill):
     """`fill`, in a process that is killed halfway through the first share."""
     mark = pickle.loads(order).folder / "died"
     if not mark.exists():

@@ -22,5 +22,11 @@ def buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     area = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel that was built without them: small pages do too
         area.madvise(mmap.MADV_HUGEPAGE)
-    # As bytes first, for a buffer has no dtype; the tensor keeps the area alive.
-    return torch.frombuffer(area, dtype=torch.uint8).view(dtype).view(shape)
+    return tensor_of(area, 0, nbytes).view(dtype).view(shape)
+
+
+def tensor_of(area: mmap.mmap, begin: int, nbytes: int) -> Tensor:
+    """`nbytes` bytes of `area` from `begin` on, (N,) uint8; the tensor keeps the area alive."""
+    storage = torch.frombuffer(area, dtype=torch.uint8).untyped_storage()
+    # By an operation, for what operations make is what is counted when memory is planned (`models.memory.Tally`).
+    return torch.empty(0, dtype=torch.uint8).set_(storage, begin, (nbytes,))  # type: ignore[call-overload, no-any-return]

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auto_round.core.buffers import tensor_of
 from auto_round.core.errors import ModelError
 from auto_round.core.quantized import Quantized
 
@@ -255,7 +256,7 @@ def _mapped(place: Place, skip: int, nbytes: int, dtype: torch.dtype) -> Tensor 
         area.madvise(POPULATE)
     except (OSError, ValueError):  # an older system, or a file that was cut off, which reading will say
         return None
-    return torch.frombuffer(area, dtype=torch.uint8, count=nbytes, offset=ahead).view(dtype)
+    return tensor_of(area, ahead, nbytes).view(dtype)
 
 
 _seek_and_transfer = threading.Lock()

@@ -113,6 +113,58 @@ def test_a_run_killed_at_any_file_operation_resumes_to_the_same_bytes(model, tmp
         assert len(watch.results) == 3
 
 
+def exit_before_rename(to):
+    """What makes this process end at once instead of renaming a file or folder to a name that holds `to`."""
+    rename = os.replace
+
+    def replaced(source, target):
+        if to in str(target):
+            os._exit(KILLED)
+        rename(source, target)
+
+    return lambda: setattr(os, "replace", replaced)
+
+
+def exit_in_last_shard():
+    """Makes this process end at once when half of a tensor of the last layer is written into its shard."""
+    from auto_round.models import shards
+
+    put, write = shards.ShardWriter.put, shards.write_at
+
+    def half(file, data, offset):
+        write(file, data[: len(data) // 2], offset)
+        os._exit(KILLED)
+
+    def stopped(self, name, tensor):
+        if name == "model.layers.2.mlp.down_proj.qweight":
+            shards.write_at = half
+        put(self, name, tensor)
+
+    shards.ShardWriter.put = stopped
+
+
+MOMENTS = {
+    "a-block-written-not-renamed": (exit_before_rename("model.layers.1"), 1),
+    "the-manifest-written-not-renamed": (exit_before_rename("manifest"), 0),
+    "a-shard-written-not-renamed": (exit_before_rename("model-00002"), 3),
+    "the-configuration-written-not-renamed": (exit_before_rename(os.path.join("out", "config.json")), 3),
+    "in-the-packing-of-the-last-shard": (exit_in_last_shard, 2),
+}
+"""What makes a run end, and the blocks that the journal has then."""
+
+
+@pytest.mark.parametrize(("prepare", "finished"), MOMENTS.values(), ids=MOMENTS)
+def test_a_run_killed_at_the_worst_moments_resumes_to_the_same_bytes(prepare, finished, model, tmp_path):
+    several = {"max_shard_size": "60KB"}
+    run(model, tmp_path / "whole", **several)
+    out = tmp_path / "out"
+    assert in_child(lambda: (prepare(), run(model, out, **several))) == KILLED
+    kept = [path.parent.name for path in (out / JOURNAL).glob("*/block.json")]
+    assert len([name for name in kept if name.startswith("model.layers")]) == finished
+    run(model, out, resume=True, **several)
+    assert bytes_of(out) == bytes_of(tmp_path / "whole")
+
+
 def test_at_most_the_block_at_hand_is_lost(model, tmp_path):
     with pytest.raises(RuntimeError):
         run(model, tmp_path / "out", Watch(RuntimeError("boom"), at=1))

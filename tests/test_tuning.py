@@ -75,12 +75,13 @@ def written(folder, out, stop_after=None, **options):
 
 def test_blocks_tuned_together_come_closer_to_their_common_output(folder):
     original = states_after(loaded(folder), 2)
-    alone, _ = tuned(folder)
-    together, seen = tuned(folder, nblocks=2)
+    enough = {"dataset": samples(64, 16), "nsamples": 64}
+    together, seen = tuned(folder, nblocks=2, **enough)
+    untuned, _ = tuned(folder, **{**enough, "iters": 0})
     assert [result.name for result in seen] == ["model.layers.0-1", "model.layers.2"] and seen.blocks == 2
     assert seen[0].layers == 14 and seen[1].layers == 7
-    off = [(states_after(model, 2) - original).square().mean() for model in (alone, together)]
-    assert off[1] < off[0]
+    off = [(states_after(model, 2) - original).square().mean() for model in (untuned, together)]
+    assert off[1] < 0.98 * off[0]
 
 
 @pytest.mark.parametrize(

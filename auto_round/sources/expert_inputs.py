@@ -20,6 +20,7 @@ from auto_round.models.capture import replaced_forwards
 from auto_round.models.expert_modules import expert_output, routed
 from auto_round.models.experts import Experts, Piece
 from auto_round.sources.activations import InputGrid, Limits
+from auto_round.sources.moments import Moments
 
 logger = logging.getLogger("auto_round")
 
@@ -38,7 +39,7 @@ class ExpertInputs:
         self.module, self.experts, self._valid = module, experts, valid
         self.tokens = [0] * experts.count
         self._pieces = dict(experts.pieces())
-        self._sums: dict[tuple[str, int], Tensor] = {}
+        self._sums: dict[tuple[str, int], Moments] = {}
         self._limits: dict[tuple[str, int], Limits] = {}
 
     @property
@@ -121,16 +122,12 @@ class ExpertInputs:
         width = x.shape[1]
         whole = self.experts.count * width * width * x.element_size() <= GRAM_BYTES
         if key not in self._sums:
-            self._sums[key] = x.new_zeros((width, width) if whole else (width,))
+            self._sums[key] = Moments(width, whole=whole, like=x)
         self._limits.setdefault(key, Limits()).add(x)
-        total = self._sums[key]
-        if whole:
-            total.addmm_(x.t(), x)
-        else:
-            total.add_(x.square().sum(0))
+        self._sums[key].add(x)
 
-    def importance(self) -> dict[str, Tensor]:
-        """Layer -> second moments of its inputs, (I, I) or (I,)."""
+    def moments(self) -> dict[str, Moments]:
+        """Layer -> second moments of its inputs."""
         return {name: self._sums[self._key(piece)] for name, piece in self._pieces.items()}
 
     def limits(self) -> dict[str, Limits]:
@@ -231,9 +228,9 @@ class BlockExperts:
         """Layers of starved experts that keep to what their weights tell."""
         return frozenset(name for name, count in self._counts.items() if count < STARVED)
 
-    def importance(self) -> dict[str, Tensor]:
+    def moments(self) -> dict[str, Moments]:
         """Layer of fused experts -> second moments of its inputs."""
-        return {name: found for watched in self._fused for name, found in watched.importance().items()}
+        return {name: found for watched in self._fused for name, found in watched.moments().items()}
 
     def limits(self) -> dict[str, Limits]:
         """Layer of fused experts -> smallest and largest of its inputs."""

@@ -26,6 +26,7 @@ from auto_round.models.window import CallsInTurn, Chained, window_name, window_p
 from auto_round.sources.activations import InputGrid, Limits, quantized_inputs
 from auto_round.sources.base import Block
 from auto_round.sources.expert_inputs import BlockExperts, quantized_expert_inputs
+from auto_round.sources.moments import Moments
 from auto_round.sources.rows import FileRows, MemoryRows, Rows
 
 logger = logging.getLogger("auto_round")
@@ -110,7 +111,7 @@ class LiveBlock(Block):
         self.weights = {
             n: layer.matrix(self._parameter(layer.parameter).detach()) for n, layer in layers.items()
         }
-        self._importance: dict[str, Tensor] = {}
+        self._moments: dict[str, Moments] = {}
         self._limits: dict[str, Limits] = {}
         self._grids: dict[str, InputGrid] = {}
         self._free: list[nn.Parameter] = []
@@ -157,10 +158,10 @@ class LiveBlock(Block):
                 for rows in self.batches():
                     self._rows = rows
                     self._forward(self._chain.plain, rows, None)
-        self._importance.update(experts.importance())
+        self._moments.update(experts.moments())
         self._limits.update(experts.limits())
         for name in experts.blind:  # few tokens, and no way to send it more: weights alone
-            self._importance.pop(name, None)
+            self._moments.pop(name, None)
 
     def _submodule(self, layer: str) -> nn.Module:
         return self.module.get_submodule(self._inside(layer))
@@ -171,10 +172,7 @@ class LiveBlock(Block):
         def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             for x, other in seen:
                 if x is args[0]:
-                    self._importance[layer], self._limits[layer] = (
-                        self._importance[other],
-                        self._limits[other],
-                    )
+                    self._moments[layer], self._limits[layer] = self._moments[other], self._limits[other]
                     return
             seen.append((args[0], layer))
             x = args[0].detach().float()
@@ -182,18 +180,17 @@ class LiveBlock(Block):
             # Padding must not count; a layer whose input has lost the (B, T) shape gets all of it.
             x = x[valid] if valid is not None and x.shape[:2] == valid.shape else x.flatten(0, -2)
             self._limits.setdefault(layer, Limits(sampled=self._execution.percentile < 100)).add(x)
-            with torch.autocast(x.device.type, enabled=False):
-                if layer not in self._importance:
-                    width = x.shape[1]
-                    self._importance[layer] = x.new_zeros((width, width) if width <= GRAM_MOST else (width,))
-                total = self._importance[layer]
-                total.addmm_(x.t(), x) if total.ndim == 2 else total.add_(x.square().sum(0))
+            if layer not in self._moments:
+                width = x.shape[1]
+                self._moments[layer] = Moments(width, whole=width <= GRAM_MOST, like=x)
+            self._moments[layer].add(x)
 
         return self._submodule(layer).register_forward_pre_hook(add)
 
     def importance(self, layer: str) -> Tensor | None:
-        """Sum of squares of each input channel over all samples."""
-        return self._importance.get(layer)
+        """Second moments over all samples; layers with the same inputs get the same tensor."""
+        moments = self._moments.get(layer)
+        return None if moments is None else moments.shrunk()
 
     def input_limits(self, layer: str, percentile: float = 100.0) -> tuple[Tensor, Tensor] | None:
         """Of the original block."""

@@ -1,0 +1,39 @@
+"""Second moments of the inputs of a layer, gathered while it runs: what optimised rounding goes by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """X'X of the inputs X (N, I) that were added: (I, I), or its diagonal (I,) when not `whole`."""
+
+    def __init__(self, width: int, *, whole: bool, like: Tensor) -> None:
+        """like: a tensor of the dtype and device that the sums are to have."""
+        self._sum = like.new_zeros((width, width) if whole else (width,))
+        self._tokens = 0
+        self._settled = False
+
+    def add(self, x: Tensor) -> None:
+        """Add inputs `x` (N, I)."""
+        assert not self._settled, "the sums have been looked at"
+        self._tokens += len(x)
+        with torch.autocast(x.device.type, enabled=False):
+            if self._sum.ndim == 2:
+                self._sum.addmm_(x.t(), x)
+            else:
+                self._sum.add_(x.square().sum(0))
+
+    def shrunk(self) -> Tensor:
+        """The sums, with what is beside the diagonal times N / (N + I); nothing can be added afterwards.
+
+        N tokens show correlations between I channels that are not there, the more the smaller N / I is, and rounding
+        that relies on them is worse on other texts than plain rounding. Shrinking towards the diagonal is the
+        remedy of Ledoit and Wolf (J. Multivariate Analysis 88, 2004), here with a weight that needs no second pass.
+        """
+        if not self._settled and self._sum.ndim == 2 and self._tokens:
+            own = self._sum.diagonal().clone()
+            self._sum.mul_(self._tokens / (self._tokens + len(own))).diagonal().copy_(own)
+        self._settled = True
+        return self._sum

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import sys
 import time
 from types import SimpleNamespace
 
@@ -149,7 +150,7 @@ def nodes():
     found.shutdown()
 
 
-def dies_once(order, share, fill=fill):
+def dies_once(order, share):
     """`fill`, in a process that is killed halfway through the first share."""
     mark = pickle.loads(order).folder / "died"
     if not mark.exists():
@@ -171,6 +172,8 @@ def test_a_ray_cluster_of_one_two_or_three_nodes_writes_the_same_bytes(nodes, mo
 
 @pytest.mark.slow
 def test_a_killed_process_of_the_cluster_changes_no_byte(nodes, model, tmp_path, monkeypatch):
+    # The processes of the cluster cannot import a file of tests.
+    __import__("ray").cloudpickle.register_pickle_by_value(sys.modules[__name__])
     expected = run(model, tmp_path / "one")
     monkeypatch.setattr(spread, "fill", dies_once)
     written = run(model, tmp_path / "out", distributed=nodes.address)

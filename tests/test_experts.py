@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import MOES, loaded, logits, samples, tiny
+import transformers
+from models import MOES, loaded, logits, randomize, samples, tiny, tokenizer
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from auto_round import AutoRound
@@ -322,3 +324,30 @@ def test_separate_experts_are_counted_and_starved_ones_searched_by_their_weights
     name = "model.layers.1.mlp.experts.3.up.weight"
     errors = [(other.get_parameter(name) - before.get_parameter(name)).norm() for other in (model, plain)]
     assert errors[0] <= errors[1] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"iters": 0, "disable_opt_rtn": True}, {"iters": 0, "nsamples": 4}],
+    ids=["streamed", "by data"],
+)
+def test_experts_that_a_checkpoint_keeps_in_modules_of_other_names_are_quantized_and_read_again(
+    options, tmp_path
+):
+    settings = {"num_local_experts": 4, "num_experts_per_tok": 2, "hidden_size": 64, "intermediate_size": 96}
+    config = transformers.GraniteMoeConfig(
+        **settings, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=512
+    )
+    model = transformers.GraniteMoeForCausalLM(config).eval()
+    randomize(model, 0)
+    model.save_pretrained(tmp_path / "m")
+    tokenizer().save_pretrained(tmp_path / "m")
+    with safe_open(tmp_path / "m/model.safetensors", "pt") as file:  # else this is a case like the others
+        assert "model.layers.0.block_sparse_moe.output_linear.weight" in file.keys()  # noqa: SIM118
+    job = AutoRound(
+        tmp_path / "m", group_size=32, dataset=samples(4), seqlen=16, format="auto_round,fake", **options
+    )
+    job.quantize_and_save(tmp_path / "q")
+    assert len(job.plan.quantized()) == 2 * (4 + 4 * 3)
+    ours, fake = (logits(loaded(tmp_path / "q" / name)) for name in ("auto-round", "fake"))
+    torch.testing.assert_close(ours, fake, rtol=1e-4, atol=1e-4)

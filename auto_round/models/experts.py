@@ -165,7 +165,10 @@ def _experts(path: str, module: nn.Module, saved: SavedNames) -> Experts:
         place = names[0].split(".*.")[0]
         last = tuple(name.split(".*.")[1].removesuffix(".weight") for name in names)
     else:
-        place = saved.of(f"{path}.down_proj")[0].rpartition(".")[0]
+        parents = {name.removesuffix(".weight").rpartition(".")[0] for name in names}
+        # Modules of their own in the checkpoint (`input_linear`, `output_linear`): a name under one cannot mean both.
+        apart = any(name.endswith(".weight") for name in names)
+        place = path if apart or len(parents) > 1 else parents.pop()
         last = ("gate_proj", "up_proj", "down_proj") if gated else ("up_proj", "down_proj")
     return Experts(
         path=path,

@@ -64,12 +64,17 @@ def stored_subject(files: ModelFiles, *, blocks: Any = None, embedding: bool = F
 def tells_all(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> bool:
     """Whether the names are those of the module tree, as they are when nothing renames them while loading.
 
-    Not so for checkpoints of a base model ("h.0" for "transformer.h.0"), for models with towers, and for heads that
-    transformers calls otherwise.
+    Not so for checkpoints of a base model ("h.0" for "transformer.h.0"), for models with towers, for heads that
+    transformers calls otherwise, and for experts in modules of other names ("input_linear" of Granite).
     """
     prefixes = {found.rpartition(".")[0] for name in infos if (found := block_of(name))}
     renamed = "text_config" in config or f"embed_out{WEIGHT}" in infos
-    return bool(prefixes) and all("." in prefix for prefix in prefixes) and not renamed
+    # A convolution has a side of 1: its channels are apart.
+    stacked = any(
+        name.endswith(WEIGHT) and len(info.shape) == 3 and 1 not in info.shape and block_of(name)
+        for name, info in infos.items()
+    )
+    return bool(prefixes) and all("." in prefix for prefix in prefixes) and not renamed and not stacked
 
 
 def anatomy_of_names(

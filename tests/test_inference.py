@@ -1,13 +1,14 @@
 """A loaded checkpoint: saved again, dequantized, compiled, adapted, copied; forced backends; what is logged."""
 
 import copy
+import json
 import logging
 import pickle
 
 import pytest
 import torch
 from models import loaded, logits, tiny, tokens
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoRoundConfig
 
 from auto_round import AutoRound
@@ -164,3 +165,29 @@ def test_one_line_per_kind_of_layer_says_what_runs_and_what_is_missing(folders, 
 def test_a_backend_that_cannot_is_an_error_with_its_reason(folders, name, words):
     with pytest.raises(FormatError, match=words):
         on(folders["auto_round"], name)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_rows_that_are_stored_longer_than_they_are_meet_zeros(backend, tmp_path):
+    """auto-round 0.16 fills the last group up in model-free mode, and says no more than that."""
+    if reason := backends()[backend].missing() or backends()[backend].prepare():
+        pytest.skip(reason)
+    tiny("llama", tmp_path / "m", hidden_size=96, intermediate_size=128)
+    AutoRound(tmp_path / "m", iters=0, group_size=64, format="auto_round").quantize_and_save(tmp_path / "q")
+    expected = logits(loaded(tmp_path / "q", backend=backend)).detach()
+    tensors = load_file(tmp_path / "q/model.safetensors")
+    longer = {
+        name: torch.cat([t, torch.full((4, t.shape[1]), -1, dtype=t.dtype)])  # 96 = 12 x 8 codes, up to 128
+        for name, t in tensors.items()
+        if name.endswith("qweight") and t.shape[0] == 12
+    }
+    assert len(longer) == 2 * 4  # keys and values have 48 rows and stay as they are
+    save_file({**tensors, **longer}, tmp_path / "q/model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "q/config.json").read_text())
+    config["quantization_config"]["model_free"] = True
+    (tmp_path / "q/config.json").write_text(json.dumps(config))
+    model = loaded(tmp_path / "q", backend=backend)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    plain = model.dequantize()
+    assert plain.model.layers[0].self_attn.q_proj.weight.shape == (96, 96)
+    torch.testing.assert_close(logits(plain), expected, rtol=1e-4, atol=1e-4)

@@ -98,6 +98,7 @@ class Kernel(nn.Module):
         super().__init__()
         self.backend, self.site = backend, site
         self.in_features, self.out_features = site.shape[1], site.shape[0]
+        self.padding = 0  # columns that the model does not have
         self.transposed = False  # whether the plain layer held its weight as (I, O)
         # From the format's own `write` on meta tensors: no table of buffers that could differ from the file.
         planned = planned_tensors(site.format, site.spec, site.shape, site.act)
@@ -108,6 +109,15 @@ class Kernel(nn.Module):
         bias = None if site.bias is None else torch.empty(site.shape[0], dtype=site.bias, device="meta")
         self.bias: Tensor | None
         self.register_buffer("bias", bias)
+
+    def pad_inputs(self, columns: int) -> None:
+        """Take inputs of so many columns less than the checkpoint's weight has; what is stored there meets zeros."""
+        self.padding = columns
+
+        def pad(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (nn.functional.pad(args[0], (0, columns)), *args[1:])
+
+        self.register_forward_pre_hook(pad)
 
     def quantized(self) -> Quantized:
         """What the layer holds. Raises FormatError for tensors that do not fit."""

@@ -17,7 +17,7 @@ from torch import nn
 
 from auto_round.backends.base import Choice, Kernel, Site, backends, choose
 from auto_round.core.errors import FormatError, SchemeError
-from auto_round.core.scheme import FLOAT_BITS, Scheme
+from auto_round.core.scheme import FLOAT_BITS, Scheme, TensorSpec
 from auto_round.core.settings import settings
 from auto_round.formats.base import Format, format_named
 from auto_round.formats.reading import PACKINGS, SMALL_FLOATS, flat_settings, is_pattern
@@ -67,11 +67,12 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         if reason:
             raise FormatError(f"{name}: {reason}")
         bias = old._parameters.get("bias")
+        padding = _padding(spec, shape_of(old)[1]) if config.get("model_free") else 0
         site = Site(
             name=name,
             format=fmt,
             spec=spec,
-            shape=shape_of(old),
+            shape=(shape_of(old)[0], shape_of(old)[1] + padding),
             device=target_device,
             dtype=old.weight.dtype,  # type: ignore[arg-type]
             bias=None if bias is None else bias.dtype,
@@ -86,6 +87,8 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         except SchemeError as error:
             raise FormatError(f"{name}: {error}") from error
         built.transposed = is_conv1d(old)
+        if padding:
+            built.pad_inputs(padding)
         setattr(owner, last, built)
         # transformers 5 initializes some layers through their parents: GPT2Attention fills c_proj.weight, now gone.
         if parent:
@@ -101,6 +104,12 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         better = "".join(f"; {name} would be faster: {what}" for name, what in choice.better.items())
         logger.info("%d layers %s%s", counts[kind], kind, better)
     return model, sorted({choice.backend.name for choice in choices.values()})
+
+
+def _padding(spec: TensorSpec, columns: int) -> int:
+    """Columns that auto-round 0.16 adds to a row in model-free mode, so that its last group is whole."""
+    whole = isinstance(spec.group, int) and 0 < spec.group < columns and spec.dtype == "int"
+    return -columns % spec.group if whole else 0  # type: ignore[operator]
 
 
 def _separate_experts(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:

@@ -294,7 +294,7 @@ def test_every_command_writes_a_checkpoint_that_loads(model, tmp_path, capsys, m
     AutoModelForCausalLM.from_pretrained(tmp_path)
     out = capsys.readouterr()
     assert str(tmp_path) in out.out and "14 layers in 2 blocks" in out.err
-    kept = "plain" if recipe == "rtn" else "searched" if recipe == "opt_rtn" else ""
+    kept = "plain" if recipe == "rtn" else "gptq" if recipe == "opt_rtn" else ""
     line = next(line for line in out.err.splitlines() if line.startswith("model.layers.1: "))
     assert f"kept {kept}" in line
 

@@ -233,7 +233,7 @@ class AutoRound:
                 makes = makes or [(plan, [fmt])]
         if not makes:
             raise FormatError("no format can hold this plan: " + "; ".join(map(str, sizes.values())))
-        self._formats(wanted or makes[0][1][0].name)
+        self._formats(wanted or makes[0][1][0].name)  # what is placed below; the others may have other layers
         self._place(makes, measure=rehearse, with_data=False)
         assert self.placement is not None, "it has been made"
         body, store = self.subject().anatomy, self.subject().files.store

@@ -40,12 +40,7 @@ auto_round meta-llama/Llama-3.2-1B-Instruct \
   --ignore_layers "mlp" \
   --output_dir ./int4-llama
 """
-MXFP4 = r"""
-auto_round meta-llama/Llama-3.2-1B-Instruct \
-  --model_free \
-  --scheme MXFP4 \
-  --output_dir ./mxfp4-llama
-"""
+MXFP4 = EXPLICIT.replace("W4A16", "MXFP4").replace("int4", "mxfp4")
 MXFP8 = MXFP4.replace("MXFP4", "MXFP8").replace("mxfp4", "mxfp8")
 WORKS = ["W2A16", "W2A16G32", "W2A16G64", "W4A16", "W4A16_MIXED", "W8A16", "MXFP4", "MXFP8"]
 BETTER = ["W3A16", "FPW8A16", "MXINT4", "NVFP4", "FP8_BLOCK"]

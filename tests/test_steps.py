@@ -206,6 +206,8 @@ def test_dead_and_dependent_channels_leave_everything_finite():
     gram = x.t() @ x
     assert torch.isfinite(feedback(gram)).all()
     assert torch.isfinite(feedback(torch.zeros(8, 8))).all()
+    hopeless = -torch.eye(8, dtype=torch.float64)  # no damping makes it positive
+    assert torch.equal(feedback(hopeless), torch.eye(8, dtype=torch.float64))
     stack = Stack({"layer": torch.randn(4, 48, generator=generator)}, gram, TensorSpec(bits=2, group=16), {})
     before = output_error(stack, stack.fake)
     stack.offer(rounded_in_order(stack))

@@ -34,7 +34,7 @@ class AutoAwq(Backend):
 
         q, spec = module.checked(), module.site.spec
         size = group_size(q.shape, spec.group)
-        sizes = (module.in_features, module.out_features, module.bias is not None)
+        sizes = (*module.site.shape[::-1], module.bias is not None)
         inner: Any = WQLinear_GEMM(spec.bits, size, *sizes, str(q.codes.device))
         module.adopt(inner, write_awq(q))
 

@@ -36,7 +36,7 @@ class AutoGptq(Backend):
         tensors = write_gptq(q, zero_offset=1)
         # Its kernels look the group of a column up, also where groups are runs.
         tensors["g_idx"] = (torch.arange(q.shape[1], device=q.codes.device) // size).to(torch.int32)
-        sizes = (module.in_features, module.out_features, module.bias is not None)
+        sizes = (*module.site.shape[::-1], module.bias is not None)
         module.adopt(library.QuantLinear(spec.bits, size, *sizes), tensors)
 
 

@@ -28,7 +28,10 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """One layer of a quantized checkpoint that needs a module. shape: (O, I). act: spec of its inputs, or None."""
+    """One layer of a quantized checkpoint that needs a module. shape: (O, I) as stored. act: spec of its inputs or None.
+
+    padding: columns at the end of a stored row that the model does not have.
+    """
 
     name: str
     format: Format
@@ -38,6 +41,7 @@ class Site:
     dtype: torch.dtype
     bias: torch.dtype | None
     act: TensorSpec | None = None
+    padding: int = 0
 
     @property
     def kind(self) -> str:
@@ -87,6 +91,12 @@ class Limits:
         return None
 
 
+def _pad(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Inputs of a layer whose stored rows are longer than the model's: what lies beyond meets zeros."""
+    assert isinstance(layer, Kernel), "the hook is put on kernels"
+    return (nn.functional.pad(args[0], (0, layer.site.padding)), *args[1:])
+
+
 class Kernel(nn.Module):
     """A layer of a loaded checkpoint, as some backend runs it.
 
@@ -97,8 +107,9 @@ class Kernel(nn.Module):
     def __init__(self, site: Site, backend: str) -> None:
         super().__init__()
         self.backend, self.site = backend, site
-        self.in_features, self.out_features = site.shape[1], site.shape[0]
-        self.padding = 0  # columns that the model does not have
+        self.in_features, self.out_features = site.shape[1] - site.padding, site.shape[0]
+        if site.padding:
+            self.register_forward_pre_hook(_pad)
         self.transposed = False  # whether the plain layer held its weight as (I, O)
         # From the format's own `write` on meta tensors: no table of buffers that could differ from the file.
         planned = planned_tensors(site.format, site.spec, site.shape, site.act)
@@ -109,15 +120,6 @@ class Kernel(nn.Module):
         bias = None if site.bias is None else torch.empty(site.shape[0], dtype=site.bias, device="meta")
         self.bias: Tensor | None
         self.register_buffer("bias", bias)
-
-    def pad_inputs(self, columns: int) -> None:
-        """Take inputs of so many columns less than the checkpoint's weight has; what is stored there meets zeros."""
-        self.padding = columns
-
-        def pad(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (nn.functional.pad(args[0], (0, columns)), *args[1:])
-
-        self.register_forward_pre_hook(pad)
 
     def quantized(self) -> Quantized:
         """What the layer holds. Raises FormatError for tensors that do not fit."""

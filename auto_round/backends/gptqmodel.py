@@ -64,7 +64,7 @@ class GptqModel(Backend):
             group_size=spec.group,
             sym=spec.sym,
             desc_act=False,  # our groups are runs of neighbours
-            in_features=module.in_features,
+            in_features=module.site.shape[1],
             out_features=module.out_features,
             bias=module.bias is not None,
             register_buffers=False,  # it gets ours, instead of empty ones of the full size

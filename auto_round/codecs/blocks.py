@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from auto_round.codecs.base import Codec
 from auto_round.core.errors import SchemeError
 from auto_round.core.fitting import half
-from auto_round.core.native import library
+from auto_round.core.native import address, in_threads, library
 from auto_round.core.quantized import NEUTRAL, Knob, Knobs, Quantized
 from auto_round.core.rounding import straight_through
 from auto_round.core.scheme import Scheme, TensorSpec
@@ -238,15 +237,9 @@ class BlockCodec(Codec):
             # Each thread writes to its own rows of the shared results: no lock, no joining afterwards.
             pointers = [None if t is None else t[part.start * len(t) // rows :].data_ptr() for t in outputs]
             sizes = (ctypes.c_ssize_t(x.shape[0]), ctypes.c_ssize_t(columns))
-            inputs = (ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(weights.data_ptr()))
-            search(*inputs, *sizes, *map(ctypes.c_void_p, pointers))
+            search(address(x), address(weights), *sizes, *map(ctypes.c_void_p, pointers))
 
-        threads = torch.get_num_threads()
-        step = max(1, min(-(-rows // threads), COMPILED_CHUNK // columns))
-        parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-        # ctypes releases the interpreter lock for the call, so threads do run at once; `list` raises their errors.
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(run, parts))
+        in_threads(run, rows, COMPILED_CHUNK // columns)
         return named
 
     def _given(self, knobs: Knobs) -> dict[str, Tensor]:

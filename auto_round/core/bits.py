@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from auto_round.core.buffers import buffer
-from auto_round.core.native import EXACT, library
+from auto_round.core.native import EXACT, address, library
 
 WORD = 32
 PAIRED = (2, 4, 8)
@@ -59,16 +59,12 @@ def _packed(rows: Tensor, bits: int, *, transposed: bool) -> Tensor | None:
     words = buffer((each, count) if transposed else (count, each), torch.int32)
     sizes = map(ctypes.c_ssize_t, (count, length, rows.stride(0)))
     steps = map(ctypes.c_ssize_t, (1, count) if transposed else (each, 1))
-    functions.pack(_address(rows), *sizes, bits, _address(words), *steps)
+    functions.pack(address(rows), *sizes, bits, address(words), *steps)
     return words
 
 
 def _functions(tensor: Tensor) -> ctypes.CDLL | None:
     return library(SOURCE, EXACT) if tensor.device.type == "cpu" else None
-
-
-def _address(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
 
 
 def _join_pairs(rows: Tensor, bits: int) -> Tensor:
@@ -112,7 +108,7 @@ def unpack(words: Tensor, bits: int) -> Tensor:
     length, count = words.shape[0] * WORD // bits, words.shape[1]
     codes = buffer((count, length), torch.uint8)
     sizes = map(ctypes.c_ssize_t, (count, length, words.stride(1), words.stride(0)))
-    functions.unpack(_address(words), *sizes, bits, _address(codes))
+    functions.unpack(address(words), *sizes, bits, address(codes))
     return codes.t()
 
 
@@ -156,7 +152,7 @@ def pack_awq(codes: Tensor) -> Tensor:
         count, lines = codes.shape
         words = buffer((count, lines // 8), torch.int32)
         sizes = map(ctypes.c_ssize_t, (lines, count, codes.stride(1)))
-        functions.pack_awq(_address(codes), *sizes, _address(words))
+        functions.pack_awq(address(codes), *sizes, address(words))
         return words
     order = torch.tensor(AWQ_NIBBLES, device=codes.device)
     # Columns a to h become the word 0xhfdbgeca: even columns in the low half, odd ones in the high half.
@@ -170,7 +166,7 @@ def unpack_awq(words: Tensor) -> Tensor:
         count, lines = words.shape[0], words.shape[1] * 8
         codes = buffer((lines, count), torch.uint8)
         sizes = map(ctypes.c_ssize_t, (lines, count))
-        functions.unpack_awq(_address(words := words.contiguous()), *sizes, _address(codes))
+        functions.unpack_awq(address(words := words.contiguous()), *sizes, address(codes))
         return codes.t()
     order = torch.tensor(AWQ_NIBBLES, device=words.device).argsort()  # the inverse permutation
     codes = unpack(words.t(), AWQ_BITS).t()

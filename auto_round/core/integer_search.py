@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -24,8 +23,9 @@ from auto_round.core.integer_grid import (
     top,
 )
 from auto_round.core.layouts import middle
-from auto_round.core.native import library
+from auto_round.core.native import KINDS, address, in_threads, library
 from auto_round.core.quantized import NEUTRAL
+from auto_round.core.rounding import STORAGE
 from auto_round.core.scheme import TensorSpec
 
 KERNELS = Path(__file__).with_name("integer_search.c")
@@ -33,7 +33,6 @@ WIDEST, LANES = (
     256,
     8,
 )  # values of a group that `refine` of the C file can take, and what their number divides by
-KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}  # as in the C file
 
 
 def _spaced(low: float, high: float, count: int) -> list[float]:
@@ -83,12 +82,12 @@ def swept(groups: Tensor, weight: Tensor | None, spec: TensorSpec) -> Grid:
 
     def run(part: slice) -> None:
         kernels.sweep(
-            _address(groups[part]), None if weight is None else _address(weight[part]),
+            address(groups[part]), None if weight is None else address(weight[part]),
             *map(ctypes.c_ssize_t, groups[part].shape), ctypes.byref(_described(spec)), *counted, REFITS,
-            _address(scale[part]), _address(zero[part]),
+            address(scale[part]), address(zero[part]),
         )  # fmt: skip
 
-    _in_threads(run, len(groups))
+    in_threads(run, len(groups))
     return Grid(scale, _zero(zero, spec))
 
 
@@ -141,12 +140,12 @@ def _descent(groups: Tensor) -> Descent:
 
         def run(part: slice) -> None:
             kernels.refine(
-                _address(w[part]), _address(own), _address(outside[part]),
+                address(w[part]), address(own), address(outside[part]),
                 *map(ctypes.c_ssize_t, w[part].shape), ctypes.byref(_described(spec)), _floats(RESCALED),
-                len(RESCALED), _address(zero[part]), _address(grid.scale[part]), _address(error[part]),
+                len(RESCALED), address(zero[part]), address(grid.scale[part]), address(error[part]),
             )  # fmt: skip
 
-        _in_threads(run, len(w))
+        in_threads(run, len(w))
         return grid.scale, error
 
     return compiled
@@ -157,25 +156,10 @@ def _kernels(groups: Tensor) -> ctypes.CDLL | None:
     return library(KERNELS) if groups.device.type == "cpu" and groups.dtype == torch.float32 else None
 
 
-def _in_threads(run: Callable[[slice], None], rows: int) -> None:
-    """`run` on every part of `rows` rows, on as many threads as torch has."""
-    threads = torch.get_num_threads()
-    step = max(1, -(-rows // threads))
-    parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-    if len(parts) == 1:
-        run(parts[0])
-        return
-    # ctypes releases the interpreter lock for the call, so threads do run at once; `list` raises their errors.
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, parts))
-
-
 def _described(spec: TensorSpec) -> _Spec:
-    return _Spec(top(spec), SMALLEST_SCALE[spec.scale_dtype], LEAST_ZERO, spec.sym, KINDS[spec.scale_dtype])
-
-
-def _address(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+    return _Spec(
+        top(spec), SMALLEST_SCALE[spec.scale_dtype], LEAST_ZERO, spec.sym, KINDS[STORAGE[spec.scale_dtype]]
+    )
 
 
 def _floats(values: list[float]) -> ctypes.Array[ctypes.c_float]:

@@ -14,9 +14,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from auto_round.core.settings import settings
 
@@ -36,6 +40,28 @@ EXACT = ("-fno-trapping-math", "-fno-math-errno", "-ffp-contract=off")
 FLAGS = ("-O3", "-shared", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
 TIMEOUT = 120  # seconds
+
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The numbers that the C files know dtypes by."""
+
+
+def address(tensor: Tensor) -> ctypes.c_void_p:
+    """Where the values of `tensor` begin. The caller keeps the tensor for as long as C reads it."""
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def in_threads(run: Callable[[slice], None], rows: int, most: int | None = None) -> None:
+    """`run` on every part of `rows` rows, of at most `most`, on as many threads as torch has."""
+    threads = torch.get_num_threads()
+    step = max(1, min(-(-rows // threads), rows if most is None else most))
+    parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    if len(parts) == 1:
+        run(parts[0])
+        return
+    # ctypes releases the interpreter lock for the call, so threads do run at once; `list` raises their errors.
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, parts))
 
 
 @cache

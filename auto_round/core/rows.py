@@ -16,12 +16,10 @@ from torch import Tensor
 from auto_round.core.buffers import buffer
 from auto_round.core.groups import group_rows, group_size, groups_per_row, split
 from auto_round.core.minifloat import MiniFloat
-from auto_round.core.native import EXACT, library
+from auto_round.core.native import EXACT, KINDS, address, library
 from auto_round.core.scheme import Group
 
 SOURCE = Path(__file__).with_name("rows.c")
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""As in the C file."""
 
 
 def ranges(w: Tensor, group: Group) -> tuple[Tensor, Tensor] | None:
@@ -31,7 +29,7 @@ def ranges(w: Tensor, group: Group) -> tuple[Tensor, Tensor] | None:
         return None
     # float32 by name: C takes addresses, and torch's default dtype is the caller's to set.
     low, high = (torch.empty(w.shape[0], _across(w, group), dtype=torch.float32) for _ in range(2))
-    if functions.ranges(*_described(w, group), _address(low), _address(high)):
+    if functions.ranges(*_described(w, group), address(low), address(high)):
         return None
     low, high = low.clamp_(max=0), high.clamp_(min=0)
     return _per_group(low, w, group, torch.amin), _per_group(high, w, group, torch.amax)
@@ -45,8 +43,8 @@ def integers(w: Tensor, group: Group, scale: Tensor, zero: Tensor | float, top: 
     codes, scales = _codes(w, group), _per_row(scale, w, group)
     zeros = _per_row(zero, w, group) if isinstance(zero, Tensor) else None
     middle = ctypes.c_float(0.0 if isinstance(zero, Tensor) else zero)
-    pointers = (_address(scales), None if zeros is None else _address(zeros))
-    functions.integers(*_described(w, group), *pointers, middle, ctypes.c_float(top), _address(codes))
+    pointers = (address(scales), None if zeros is None else address(zeros))
+    functions.integers(*_described(w, group), *pointers, middle, ctypes.c_float(top), address(codes))
     return _grouped(codes, w, group)
 
 
@@ -58,7 +56,7 @@ def elements(w: Tensor, group: Group, scale: Tensor, element: MiniFloat) -> Tens
     codes, scales = _codes(w, group), _per_row(scale, w, group)
     largest = int(element.encode(torch.tensor([element.top], dtype=torch.float32)))
     kind = (element.mantissa, element.least, largest, 1 << (element.bits - 1))
-    functions.elements(*_described(w, group), _address(scales), *kind, _address(codes))
+    functions.elements(*_described(w, group), address(scales), *kind, address(codes))
     return _grouped(codes, w, group)
 
 
@@ -76,11 +74,7 @@ def _lines(w: Tensor) -> Tensor:
 def _described(w: Tensor, group: Group) -> tuple[object, ...]:
     """The arguments that describe `w`, cut along its rows as `group` says."""
     sizes = (*w.shape, w.stride(0), _run(w, group))
-    return (_address(w), KINDS[w.dtype], *map(ctypes.c_ssize_t, sizes))
-
-
-def _address(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+    return (address(w), KINDS[w.dtype], *map(ctypes.c_ssize_t, sizes))
 
 
 def _shape(w: Tensor) -> tuple[int, int]:

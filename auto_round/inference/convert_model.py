@@ -77,6 +77,7 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
             dtype=old.weight.dtype,  # type: ignore[arg-type]
             bias=None if bias is None else bias.dtype,
             act=scheme.act,
+            padding=padding,
         )
         choice = choose(site, wanted)
         parent, _, last = name.rpartition(".")
@@ -87,8 +88,6 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         except SchemeError as error:
             raise FormatError(f"{name}: {error}") from error
         built.transposed = is_conv1d(old)
-        if padding:
-            built.pad_inputs(padding)
         setattr(owner, last, built)
         # transformers 5 initializes some layers through their parents: GPT2Attention fills c_proj.weight, now gone.
         if parent:

@@ -26,15 +26,14 @@ def dequantized(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
 
 def _plain(layer: Kernel) -> nn.Module:
     """The layer as it was before quantization, in kind."""
-    inputs = layer.in_features - layer.padding
-    weight = layer.dequantized(layer.site.dtype)[:, :inputs]
+    weight = layer.dequantized(layer.site.dtype)[:, : layer.in_features]
     if layer.transposed:
         # Empty, as its own constructor would fill a weight of full size with random numbers.
         plain: nn.Module = Conv1D(0, 0)
-        plain.nf, plain.nx = layer.out_features, inputs  # type: ignore[assignment]
+        plain.nf, plain.nx = layer.out_features, layer.in_features  # type: ignore[assignment]
         weight = weight.t().contiguous()
     else:
-        plain = nn.Linear(inputs, layer.out_features, bias=False, device="meta")
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     plain.weight = nn.Parameter(weight.contiguous())
     plain.bias = None if layer.bias is None else nn.Parameter(layer.bias)  # type: ignore[assignment]
     return plain

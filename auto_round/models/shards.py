@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from auto_round.core.errors import ModelError, PlanError
-from auto_round.core.native import EXACT, library
+from auto_round.core.native import EXACT, address, library
 from auto_round.models.checkpoint import (
     DTYPE_NAMES,
     INDEX,
@@ -257,7 +257,7 @@ def checksum(tensor: Tensor) -> int:
     if functions is not None and len(table):
         sums = sums.contiguous()  # of a short end, padding made a copy already
         sizes = (ctypes.c_ssize_t(len(table)), ctypes.c_ssize_t(COLUMNS), ctypes.c_uint64(_STEP))
-        functions.fold(ctypes.c_void_p(table.data_ptr()), *sizes, ctypes.c_void_p(sums.data_ptr()))
+        functions.fold(address(table), *sizes, address(sums))
     else:
         for row in table:
             sums.mul_(_STEP).add_(row)  # 128 kB that stay in the cache

@@ -129,7 +129,7 @@ class Stack:
             key: self._codec.storable(self.grid[key] * factor, self.spec) for key, factor in factors.items()
         }
         apart = self._codec.parts(split(self.moved, self.spec.group), self.spec, self.grid)
-        moved = sum((apart[key] * factor for key, factor in factors.items()), start=torch.zeros(()))
+        moved = torch.stack([apart[key] * factor for key, factor in factors.items()]).sum(0)
         self.offer(merge(moved, (self.weight.shape[0], self.weight.shape[1]), self.spec.group), grid)
 
     def loss(self, fake: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ def feedback(gram: Tensor) -> Tensor:
         if not bool(failed):
             upper: Tensor = lower.flip(0, 1)
             return upper / upper.diagonal()
-    return torch.eye(len(gram))  # no damping helped: nothing is passed on, plain rounding
+    # No damping helped: nothing is passed on, plain rounding.
+    return torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
 def rounded_in_order(stack: Stack) -> Tensor:
@@ -91,9 +92,8 @@ def swept(stack: Stack) -> Tensor:
     order = stack.gram.diagonal().argsort(descending=True)
     gram, grids, places = stack.gram[order][:, order], stack.columns(), (order // stack.size).tolist()
     values = stack.fake.t()[order]
-    slope = gram @ (
-        values - stack.weight.t()[order]
-    )  # half the gradient of tr(D H D') in D; a row for each column
+    # Half the gradient of tr(D H D') in D; a row for each column.
+    slope = gram @ (values - stack.weight.t()[order])
     wanted = values.clone()
     alive = int((gram.diagonal() > 0).sum())  # without any input, every weight is as good
     for start, end in _parts(alive):

@@ -53,7 +53,7 @@ class CpuLinear(Kernel):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O), in the dtype of x. Differentiable in x."""
-        flat = x.reshape(-1, self.in_features).contiguous()
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
         # Added to the float32 sum before it is rounded.
         bias = None if self.bias is None else self.bias.float()
         limbs = self.limbs or LIMBS[x.dtype]

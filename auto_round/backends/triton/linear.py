@@ -57,7 +57,7 @@ class TritonLinear(Kernel):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O), in the dtype of x. Differentiable in x."""
-        flat = x.reshape(-1, self.in_features).contiguous()
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
         zeros = None if self.site.spec.sym else self.zeros
         y = _Product.apply(flat, self, zeros, self.bias)
         return y.reshape(*x.shape[:-1], self.out_features)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -33,7 +32,7 @@ from auto_round.models.device import execution_dtype
 from auto_round.models.memory import peak_memory, peak_of, reset_peak
 from auto_round.models.subject import Subject
 from auto_round.options import Options
-from auto_round.outputs import open_writers, writer_for
+from auto_round.outputs import file_bytes, open_writers
 from auto_round.planning import base_scheme, formats_for, plan_for, settled
 from auto_round.recipes import RECIPES
 from auto_round.sizing import Sizing, check_whole
@@ -222,11 +221,11 @@ class AutoRound:
         if wanted:
             makes = [(self.make_plan(group), group) for group in sharing_a_plan(self._formats(wanted))]
             for plan, group in makes:
-                sizes |= {fmt.name: self._file_bytes(fmt, plan) for fmt in group}
+                sizes |= {fmt.name: file_bytes(self.material, fmt, plan) for fmt in group}
         for fmt in () if wanted else formats().values():
             try:  # what was asked for by name must work; of all formats some cannot
                 plan = self.make_plan(self._formats(fmt.name))
-                sizes[fmt.name] = self._file_bytes(fmt, plan)
+                sizes[fmt.name] = file_bytes(self.material, fmt, plan)
             except AutoRoundError as error:
                 sizes[fmt.name] = str(error)
             else:
@@ -242,12 +241,6 @@ class AutoRound:
             blocks=len(body.in_order()), placement=self.placement, seconds=self.seconds,
             source_bytes=sum(info.nbytes for info in store.infos.values()),
         )  # fmt: skip
-
-    def _file_bytes(self, fmt: Format, plan: Plan) -> int:
-        """Exact bytes of the weight files of `plan` in format `fmt`."""
-        # A writer wants a folder, and writes nothing into it before it is opened.
-        with tempfile.TemporaryDirectory() as folder:
-            return writer_for(self.material, fmt, Path(folder) / "out", plan).file_bytes()
 
     def _formats(self, given: str | None) -> list[Format]:
         """The formats given here, in the options, or by the scheme."""

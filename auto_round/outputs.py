@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -47,6 +48,13 @@ def open_writers(
             stack.enter_context(writer)
             writers.append(writer)
         yield writers
+
+
+def file_bytes(material: Material, fmt: Format, plan: Plan) -> int:
+    """Exact bytes of the weight files of `plan` in format `fmt`."""
+    # A writer wants a folder, and writes nothing into it before it is opened.
+    with tempfile.TemporaryDirectory() as folder:
+        return writer_for(material, fmt, Path(folder) / "out", plan).file_bytes()
 
 
 def writer_for(

@@ -246,7 +246,7 @@ def test_every_tensor_of_the_source_is_copied_or_replaced(name, tmp_path):
     with open_writers(
         made.material, tmp_path / "again", parse_formats("auto_round"), made.plan, several=False
     ) as (writer,):
-        account = writer.account
+        account = writer.layout.account
         assert sorted(account.copied + account.replaced) == sorted(source) and set(account.added) == added
         for layer, q in _encoded(made).items():
             writer.add(layer, q)

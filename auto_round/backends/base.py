@@ -28,9 +28,9 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """One layer of a quantized checkpoint that needs a module. shape: (O, I) as stored. act: spec of its inputs or None.
+    """One layer of a quantized checkpoint that needs a module. shape: (O, I) as stored.
 
-    padding: columns at the end of a stored row that the model does not have.
+    act: spec of its inputs, or None. padding: columns at the end of a stored row that the model does not have.
     """
 
     name: str

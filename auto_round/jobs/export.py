@@ -8,7 +8,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +21,13 @@ from auto_round.core.errors import FormatError, OutputError, VerificationError
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import TensorSpec
-from auto_round.formats.base import Format, Provenance, planned_tensors
+from auto_round.formats.base import Format, Provenance
 from auto_round.jobs import folders
-from auto_round.jobs.accounts import Account, Written, digest
+from auto_round.jobs.accounts import Written, digest
+from auto_round.jobs.layout import Layout
 from auto_round.jobs.ledger import LEDGER, Ledger
 from auto_round.jobs.verify import inspect
-from auto_round.models.checkpoint import Checkpoint, TensorInfo
-from auto_round.models.experts import ExpertStore, FusedTensors
+from auto_round.models.checkpoint import Checkpoint
 from auto_round.models.shards import ShardWriter, checksum
 from auto_round.models.subject import Subject
 
@@ -62,17 +62,14 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             plan,
             provenance,
         )
-        self.account = Account()
         self._staging = folder / STAGING
         self._digests: dict[str, tuple[TensorSpec, tuple[int, int], str]] = {}
         self._written: dict[str, dict[str, int]] = {}
         self._rewritten: dict[str, int] = {}
         self._ledger, self._kinds, self._copied = ledger, set[object](), set[str]()
-        self._fused: FusedTensors | None = None
-        self._tensors: dict[str, list[str]] = {}  # layer -> its tensors, also those that lie in fused ones
         self._cache = dict(cache or {})
-        scales = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in self._cache.items()}
-        self._shards = ShardWriter(self._staging, {**self._infos(), **scales}, max_shard_bytes)
+        self.layout = Layout(fmt, subject, plan, self._cache)
+        self._shards = ShardWriter(self._staging, self.layout.infos, max_shard_bytes)
 
     @property
     def nbytes(self) -> int:
@@ -82,44 +79,6 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
     def file_bytes(self) -> int:
         """Exact size of the weight files to be, before anything is written."""
         return self.nbytes
-
-    def _infos(self) -> dict[str, TensorInfo]:
-        """Dtype and shape of every tensor of the checkpoint: those of the source, with quantized layers replaced."""
-        store = self.subject.files.store
-        infos, made = dict(store.infos), set()
-        for layer in self.plan.quantized():
-            prefix, source = self.subject.stored_name(layer), f"{self.subject.stored_name(layer)}.weight"
-            spec = self.plan[layer].weight
-            assert spec is not None, "quantized() names layers with a spec"
-            dtype = infos[source].dtype if source in infos else None
-            if infos.pop(source, None) is not None:  # a tied head has no tensor of its own to replace
-                self.account.replaced.append(source)
-            for suffix, tensor in planned_tensors(
-                self.format, spec, self.plan.shapes[layer], self.plan[layer].act
-            ).items():
-                name = f"{prefix}.{suffix}"
-                made.add(name)
-                self._tensors.setdefault(layer, []).append(name)
-                tensor = self._as_stored(layer, suffix, tensor)
-                infos[name] = TensorInfo(
-                    dtype if self._plain(suffix) and dtype else tensor.dtype, tuple(tensor.shape)
-                )
-                if name not in store.infos:
-                    self.account.added.append(name)
-        if isinstance(store, ExpertStore):
-            infos = store.joined(infos)
-            self._fused = FusedTensors(store, made - infos.keys())
-        filled: Container[str] = self._fused or ()
-        self.account.copied = [name for name in infos if name not in made and name not in filled]
-        return infos
-
-    def _as_stored(self, layer: str, suffix: str, tensor: Tensor) -> Tensor:
-        """A plain weight of a layer that its model stores transposed goes to the file in that form."""
-        return tensor.t() if self._plain(suffix) and self.subject.anatomy.layers[layer].transposed else tensor
-
-    def _plain(self, suffix: str) -> bool:
-        """Whether that tensor is an ordinary weight, as the model itself stores it."""
-        return suffix == "weight" and not self.format.holds_codes
 
     def __enter__(self) -> CheckpointWriter:
         source = self.subject.files.folder
@@ -175,7 +134,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         sums = {}
         for suffix, tensor in self.format.write(q).items():
             full = f"{prefix}.{suffix}"
-            tensor = self._as_stored(name, suffix, tensor).to(self._planned(full).dtype)
+            tensor = self.layout.as_stored(name, suffix, tensor).to(self.layout.planned(full).dtype)
             try:
                 self._put(full, tensor)
             except OSError as error:
@@ -191,7 +150,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
     def rewrite(self, name: str, tensor: Tensor) -> None:
         """Write a tensor that is not quantized but has changed."""
         stored = self.subject.stored_tensor(name)
-        tensor = tensor.to(self._planned(stored).dtype)
+        tensor = tensor.to(self.layout.planned(stored).dtype)
         try:
             self._shards.put(stored, tensor)
         except OSError as error:
@@ -219,7 +178,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         """Another process has put this in its places."""
         for name, sums in work.sums.items():
             self._written[name] = sums
-            self._shards.written(self._stored_in(full) for full in sums)
+            self._shards.written(self.layout.stored_in(full) for full in sums)
             if self._ledger is not None and all(full in self._shards.infos for full in sums):
                 self._ledger.add(name, sums)
         self._digests.update(work.digests)
@@ -228,15 +187,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
 
     def files_of(self, name: str) -> set[str]:
         """The files that the layer `name`, or the tensor of that name that stays as it is, goes to."""
-        tensors = self._tensors.get(name, [name])
-        return {self._shards.file_of(self._stored_in(tensor)) for tensor in tensors}
-
-    def _stored_in(self, name: str) -> str:
-        """The tensor of the file that has `name`: itself, or the fused one that it lies in."""
-        store = self.subject.files.store
-        if name in self._shards.infos or not isinstance(store, ExpertStore):
-            return name
-        return store.pieces[name].tensor
+        return {self._shards.file_of(tensor) for tensor in self.layout.holders_of(name)}
 
     def _is_sample(self, q: Quantized) -> bool:
         kind, known = (q.spec, q.shape), len(self._kinds)
@@ -246,7 +197,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
 
     def to_copy(self) -> list[str]:
         """Tensors that stay as they are."""
-        return [name for name in self.account.copied if name not in self._copied]
+        return [name for name in self.layout.account.copied if name not in self._copied]
 
     def copy(self, name: str) -> None:
         """Copy a tensor that stays as it is to its place."""
@@ -260,26 +211,15 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
             raise OutputError(f"output folder {self.folder} cannot be written: {error}") from error
         self._copied.add(name)
 
-    def _planned(self, name: str) -> TensorInfo:
-        return self._shards.infos.get(name) or self.subject.files.store.infos[name]
-
     def _put(self, name: str, tensor: Tensor) -> None:
         """Write a tensor, or put it into the fused one that it belongs to, which is written when it is complete."""
         if name in self._shards.infos:
             self._shards.put(name, tensor)
             return
-        assert self._fused is not None, "only experts lie inside other tensors"
-        complete = self._fused.put(name, tensor)
+        assert self.layout.fused is not None, "only experts lie inside other tensors"
+        complete = self.layout.fused.put(name, tensor)
         if complete is not None:
             self._shards.put(*complete)
-
-    def _read_back(self, stored: Checkpoint, name: str) -> Tensor:
-        """The tensor called `name` of the written files."""
-        store = self.subject.files.store
-        if name in stored.infos or not isinstance(store, ExpertStore):
-            return stored.look(name)
-        piece = store.pieces[name]
-        return piece.of_expert(stored.look(piece.tensor, piece.expert))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -335,23 +275,12 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
 
     def config(self) -> dict[str, Any]:
         """config.json: that of the model, with what the written tensors are."""
-        provenance = replace(self.provenance, float_tensors=self._float_matrices())
+        provenance = replace(self.provenance, float_tensors=self.layout.float_matrices())
         config = self.format.describe(self.subject.files.config, self.written_plan(), provenance)
         if any(self.subject.unties(layer) for layer in self.plan.quantized()):
             # Else readers would load the head from the embedding and leave its codes unread.
             config["tie_word_embeddings"] = False
         return config
-
-    def _float_matrices(self) -> tuple[str, ...]:
-        """Modules, by the model's names, whose weight is a matrix that was copied as it is."""
-        names = {stored: name for name, stored in self.subject.names.items()}
-        infos = self._shards.infos
-        copied = (name for name in self.account.copied if name.endswith(".weight"))
-        return tuple(
-            names.get(name, name).removesuffix(".weight")
-            for name in copied
-            if len(infos[name].shape) == 2 and infos[name].dtype.is_floating_point
-        )
 
     def written_plan(self) -> Plan:
         """The plan as the files have it: what was not written counts as floating point."""
@@ -367,7 +296,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
                     f"{full} in {self.folder} reads back differently; the disk may be faulty"
                 )
         for name, sums in self._written.items():
-            tensors = {full: self._read_back(stored, full) for full in sums}
+            tensors = {full: self.layout.read_back(stored, full) for full in sums}
             for full, tensor in tensors.items():
                 if checksum(tensor) != sums[full]:
                     raise VerificationError(

@@ -109,6 +109,8 @@ def test_every_kernel_agrees_with_the_definition(name, bits, group, sym, fmt, dt
             want = exact(q, x, module.bias)
             got = module(x.reshape(rows, 1, -1)).reshape(rows, -1)
             limit = 1.5e-2 if name.endswith("int8") else TOLERANCE[dtype]
+            if name == "ark" and dtype == torch.float16:
+                limit = TOLERANCE[torch.bfloat16]  # what it computes in where the processor has AMX
             assert got.dtype == dtype
             assert (got.double() - want).norm() <= limit * want.norm(), (name, shape, rows)
 

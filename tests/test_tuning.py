@@ -52,7 +52,8 @@ def folder(tmp_path_factory):
 
 def tuned(folder, **options):
     """(the model with quantized weights, results by block)."""
-    options = {"dataset": samples(8, 16), **TUNED, **options}
+    # amp: what is compared differs by less than bfloat16 resolves.
+    options = {"dataset": samples(8, 16), "amp": False, **TUNED, **options}
     job, seen = AutoRound(str(folder), device_map="cpu", **options), Results()
     job.observers.append(seen)
     return job.quantize()[0], seen
@@ -137,24 +138,17 @@ def test_what_is_tuned_along_is_what_is_stored(folder, tmp_path):
 
 
 def test_the_last_block_tuned_on_predictions_predicts_more_like_the_original(folder):
-    target = logits(loaded(folder), tokens(8, 16, seed=9)).log_softmax(-1)
+    target = logits(loaded(folder), tokens(32, 32)).log_softmax(-1)
 
     def divergence(model):
-        found = logits(model.float(), tokens(8, 16, seed=9)).log_softmax(-1)
-        return (target.exp() * (target - found)).sum(-1).mean()
+        found = logits(model.float(), tokens(32, 32)).log_softmax(-1)
+        return float((target.exp() * (target - found)).sum(-1).mean())
 
-    more = {
-        "dataset": samples(32, 32),
-        "nsamples": 32,
-        "seqlen": 32,
-        "batch_size": 16,
-        "iters": 20,
-        "lr": 0.02,
-    }
-    by_output, _ = tuned(folder, **more)
-    by_predictions, seen = tuned(folder, enable_lfq=True, **more)
+    more = {"dataset": samples(32, 32), "nsamples": 32, "seqlen": 32, "batch_size": 16, "lr": 0.02}
+    start, _ = tuned(folder, **{**more, "iters": 0, "start": "search", "enable_opt_rtn": True})
+    by_predictions, seen = tuned(folder, enable_lfq=True, **{**more, "iters": 40})
     assert seen[-1].report.losses["tuned"] < seen[-1].report.losses["searched"]
-    assert divergence(by_predictions) < divergence(by_output)
+    assert divergence(by_predictions) < 0.9 * divergence(start)
 
 
 def test_only_the_last_block_goes_by_predictions(folder):

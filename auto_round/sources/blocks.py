@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 
@@ -29,6 +30,8 @@ from auto_round.sources.live_block import Chain, Execution, LiveBlock
 from auto_round.sources.outside_block import OutsideBlock
 from auto_round.sources.rows import Rows
 
+logger = logging.getLogger("auto_round")
+
 
 class LiveSource(Source):
     """Blocks of a live model, then the wanted layers outside blocks."""
@@ -48,6 +51,7 @@ class LiveSource(Source):
         self._last_block = ""
         self._filled: tuple[str, ...] = ()
         self._tokens: dict[str, int] = {}
+        self._told_of_float32 = False
         self.call_bytes = 0  # of the arguments that single samples have for themselves, together
 
     @property
@@ -175,6 +179,14 @@ class LiveSource(Source):
             own = calls[0] if len(calls) == 1 else CallsInTurn(calls)
             block.attach(chain, own, None if self.data is None else self.data.valid)
             with torch.no_grad():
+                if (why := block.settle_precision()) and not self._told_of_float32:
+                    self._told_of_float32 = True
+                    logger.warning(
+                        "%s cannot compute in %s (%s): float32, there and in blocks like it",
+                        block.name,
+                        self.execution.amp,
+                        why,
+                    )
                 block.observe(statistics=gather)
             self._tokens.update(block.tokens)
         return block

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -129,6 +129,23 @@ class LiveBlock(Block):
         if self._execution.compiled:
             for member in self.members:
                 member.compile(dynamic=False)
+
+    def settle_precision(self) -> str | None:
+        """Run one sample; a block whose own code cannot mix dtypes, as `index_add_` cannot, goes on in float32.
+
+        Returns what it said if it does, None if all is as asked for.
+        """
+        if self._execution.amp is None:
+            return None
+        try:
+            self._forward(self._chain.plain, [0], None)
+        except RuntimeError as error:
+            self._execution = replace(self._execution, amp=None)
+            self._forward(
+                self._chain.plain, [0], None
+            )  # an error of float32 too has nothing to do with dtypes
+            return _first_line(error)
+        return None
 
     def observe(self, *, statistics: bool) -> None:
         """Run the original block over all samples: its targets, and the second moments of its layers' inputs."""

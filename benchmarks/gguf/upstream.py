@@ -43,7 +43,7 @@ def peer(model, type_, data, out):
 
 
 def measured(command, **environment):
-    """(CPU seconds, GB at most) of a command."""
+    """CPU seconds of a command."""
     process = subprocess.Popen(
         list(map(str, command)), env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -52,7 +52,7 @@ def measured(command, **environment):
     _, status, used = os.wait4(process.pid, 0)
     if status:
         raise RuntimeError(errors.strip()[-1500:])
-    return round(used.ru_utime + used.ru_stime, 1), round(used.ru_maxrss * 1024 / 1e9, 2)
+    return round(used.ru_utime + used.ru_stime, 1)
 
 
 def sides(options, type_, out):
@@ -111,11 +111,11 @@ def main():
                 continue
             with tempfile.TemporaryDirectory() as place:
                 words = [place if word == "OUT" else word for word in command]
-                seconds, memory = measured(words, **environment)
+                seconds = measured(words, **environment)
                 (path,) = Path(place).rglob("*.gguf")
                 row = {"type": type_, "by": who}
                 row |= compare.judged(options.llama, path, ids, original, Path(place))
-                row |= {"cpu_seconds": seconds, "peak_gb": memory}
+                row["cpu_seconds"] = seconds
             print(json.dumps(row), flush=True)
             if options.out:
                 with options.out.open("a") as file:

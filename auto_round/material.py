@@ -16,10 +16,11 @@ from auto_round.core.errors import DataError, ModelError
 from auto_round.core.scheme import Scheme
 from auto_round.core.selection import parse_layer_config
 from auto_round.jobs.planner import rounded
-from auto_round.models import load
+from auto_round.models import hub, load
 from auto_round.models.checkpoint import has_safetensors
 from auto_round.models.device import parse_devices
 from auto_round.models.gguf_folder import unpack
+from auto_round.models.hub_shards import HubShards, open_shards
 from auto_round.models.memory import available_memory, give_back, resident_memory
 from auto_round.models.quirks import EMBEDDINGS
 from auto_round.models.shards import parse_size
@@ -56,13 +57,39 @@ class Material:
         self._subject: Subject | None = None
         self._calibration: Calibration | None = None
         self._cache_ranges: Mapping[str, tuple[Tensor, Tensor]] | None = None
+        self._shards: HubShards | None = None
         self.author_bytes = 0  # predicted peak of this process while the model wrote its own calibration text
         if isinstance(model, nn.Module):
             self.model: nn.Module | None = model.eval()  # dropout would give the float output noise to match
             self.folder: Path | None = None
         else:
             self.model = None
-            self.folder = self._opened(load.resolve(str(model), platform=options.platform))
+            self._shards = self._on_the_hub(str(model))
+            self.folder = (
+                self._shards.folder
+                if self._shards is not None
+                else self._opened(load.resolve(str(model), platform=options.platform))
+            )
+
+    def _on_the_hub(self, model: str) -> HubShards | None:
+        """The shards of a hub model that is streamed, which need not be on this machine all at once."""
+        # Other machines find the files where this one has put them; a GGUF file is written in an order of its own.
+        elsewhere = self.options.distributed is not None or "gguf" in str(self.options.format)
+        if (
+            elsewhere
+            or not weights_alone(self.options, self.base)
+            or not hub.is_id(model, self.options.platform)
+        ):
+            return None
+        return open_shards(model)
+
+    def _here(self) -> Path:
+        """The folder with all of its weights, downloaded if they were not to be."""
+        assert self.folder is not None, "a folder is given"
+        if self._shards is not None:
+            self.folder = load.resolve(self._shards.model, platform=self.options.platform)
+            self._shards = None
+        return self.folder
 
     def _opened(self, place: Path) -> Path:
         """`place`, or the folder that a GGUF file is unpacked into: its weights are read where they are."""
@@ -86,7 +113,7 @@ class Material:
         """The model as files and layers."""
         streams = self.folder is not None and load.has_weights(self.folder) and self._streams()
         if self._subject is None and self.folder is not None and streams:
-            files = plain.open_folder(self.folder)
+            files = plain.open_folder(self.folder, self._shards)
             self._subject = streamed_subject(
                 files,
                 embedding=self._whole or self._embedding_named(),
@@ -118,7 +145,7 @@ class Material:
         """The model by its module tree."""
         options = self.options
         origin = Origin(
-            folder=self.folder,
+            folder=None if self.folder is None else self._here(),
             model=self.model,
             load_live=self.live_model,
             tokenizer=self._tokenizer,
@@ -158,11 +185,11 @@ class Material:
         return self.model
 
     def _loaded(self) -> nn.Module:
-        assert self.folder is not None, "a model or a folder is given"
+        folder = self._here()
         if self._is_packed():
             return self._dequantized()
         return load.load_model(
-            self.folder,
+            folder,
             trust_remote_code=self.options.trust_remote_code,
             dtype=self.options.model_dtype or "auto",
         )

@@ -1,5 +1,6 @@
-"""Models on a hub that hangs up: a small server in the test plays the hub, and breaks off in the middle of a file."""
+"""Models on a hub: a small server in the test plays it, and breaks off in the middle of a file if it is told to."""
 
+import gc
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -7,10 +8,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub.constants as hub
 import pytest
 import torch
-from models import tiny
+from models import tiny, tokenizer
 
 from auto_round import AutoRound
 from auto_round.core.errors import ModelError
+from auto_round.models.hub_shards import KEPT
 
 SMALL = {"group_size": 32, "model_free": True, "workers": 1}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -50,7 +52,8 @@ class Answer(BaseHTTPRequestHandler):
     def send(self, path, *, body=False):
         """Answer with what is at `path`."""
         name = path.partition("?")[0].rpartition("/")[2]
-        self.server.asked.append((self.command, name))
+        part = "" if (self.headers.get("Range") or "-").endswith("-") else ", header"
+        self.server.asked.append((self.command, name + part))
         if path.startswith("/api/"):
             listed = [{"rfilename": file} for file in self.server.files]
             if "/tree/" in path:
@@ -65,12 +68,15 @@ class Answer(BaseHTTPRequestHandler):
         if name not in self.server.files:
             return self.reply(404, b"", {"X-Error-Code": "EntryNotFound"}, body=body)
         content, headers = self.server.files[name], {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT}
-        begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0] or 0)
-        if begin:
-            headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+        begin, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+        begin, whole = int(begin or 0), len(content)
+        if last:
+            content = content[: int(last) + 1]
+        if begin or last:
+            headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{whole}"
         cut = body and name == self.server.broken and self.server.failures > 0
         self.server.failures -= cut
-        return self.reply(206 if begin else 200, content[begin:], headers, body=body, cut=cut)
+        return self.reply(206 if begin or last else 200, content[begin:], headers, body=body, cut=cut)
 
     def reply(self, status, content, headers, *, body, cut=False):
         """Send it, or, `cut`, half of it."""
@@ -96,8 +102,8 @@ def folder(tmp_path_factory):
 def serve(folder, tmp_path, monkeypatch):
     """A function that starts a hub, which the libraries then talk to with an empty cache."""
 
-    def start(*broken):
-        server = Hub(folder, *broken)
+    def start(*broken, files=folder):
+        server = Hub(files, *broken)
         address = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setattr(hub, "ENDPOINT", address)
         template = hub.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", address)
@@ -131,3 +137,71 @@ def test_a_download_that_always_breaks_off_names_the_model_and_writes_nothing(se
     server.failures = 0  # the line is mended: the same call succeeds, with what had arrived
     AutoRound("owner/name", **SMALL).quantize_and_save(tmp_path / "out")
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """A model of many shards; some layers that must share a grid lie in two of them."""
+    found = tmp_path_factory.mktemp("hub") / "sharded"
+    model = tiny("llama", dtype=torch.bfloat16, num_hidden_layers=4)
+    model.save_pretrained(found, max_shard_size="60kB")
+    tokenizer().save_pretrained(found)
+    assert len(list(found.glob("*.safetensors"))) > 4
+    return found
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scheme": "NVFP4", "act_bits": 16, "group_size": 16}, {"format": "auto_round,llm_compressor"}],
+    ids=str,
+)
+def test_shards_of_a_streamed_model_come_one_after_the_other_and_go(
+    workers, options, sharded, serve, tmp_path
+):
+    settings = {**SMALL, "workers": workers, **options}
+    AutoRound(sharded, **settings).quantize_and_save(tmp_path / "local")
+    server, most = serve(files=sharded), 0
+    job = AutoRound("owner/name", **settings)
+
+    class Watch:
+        def started(self, plan, blocks):
+            pass
+
+        def finished(self, result):
+            nonlocal most
+            most = max(most, len(list((tmp_path / "cache").rglob("model-*.safetensors"))))
+
+    job.observers.append(Watch())
+    job.quantize_and_save(tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(tmp_path / "local")
+    shards = [path.name for path in sharded.glob("*.safetensors")]
+    assert [server.asked.count(("GET", name)) for name in shards] == [1] * len(shards)
+    assert 0 < most <= KEPT
+    del job
+    gc.collect()
+    assert not list((tmp_path / "cache").rglob("model-*.safetensors"))
+
+
+def test_a_shard_that_always_breaks_off_names_the_model_and_the_same_call_goes_on(sharded, serve, tmp_path):
+    AutoRound(sharded, **SMALL).quantize_and_save(tmp_path / "local")
+    broken = sorted(path.name for path in sharded.glob("*.safetensors"))[2]
+    server = serve(broken, 1000, files=sharded)
+    with pytest.raises(ModelError, match=r"owner/name.*the hub did not give it"):
+        AutoRound("owner/name", **SMALL).quantize_and_save(tmp_path / "out")
+    server.failures = 0
+    AutoRound("owner/name", **SMALL, resume=True).quantize_and_save(tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(tmp_path / "local")
+
+
+def test_headers_are_enough_to_plan_a_model_on_the_hub(sharded, serve):
+    server = serve(files=sharded)
+    outline = AutoRound("owner/name", **SMALL).outline("auto_round", rehearse=False)
+    local = AutoRound(sharded, **SMALL).outline("auto_round", rehearse=False)
+    assert (outline.plans, outline.sizes) == (local.plans, local.sizes)
+    assert not [name for verb, name in server.asked if verb == "GET" and name.endswith(".safetensors")]
+
+
+def tree(folder):
+    """Path in the folder -> bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

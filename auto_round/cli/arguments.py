@@ -135,8 +135,12 @@ class Tuning:
     not_use_best_mse: Annotated[
         bool, _switch("not-use-best-mse", help="Keep the last state, not the best.")
     ] = False
-    disable_opt_rtn: Annotated[bool | None, _switch("disable-opt-rtn", help="Plain rounding: no search, no GPTQ.")] = None
-    enable_opt_rtn: Annotated[bool | None, _switch("enable-opt-rtn", help="Search of ranges; with data GPTQ too.")] = None
+    disable_opt_rtn: Annotated[
+        bool | None, _switch("disable-opt-rtn", help="Plain rounding: no search, no GPTQ.")
+    ] = None
+    enable_opt_rtn: Annotated[
+        bool | None, _switch("enable-opt-rtn", help="Search of ranges; with data GPTQ too.")
+    ] = None
     seed: Annotated[int, _flag("seed", help="Same seed, same bytes.")] = 42
     nblocks: Annotated[int, _flag("nblocks", help="Consecutive blocks that are tuned together.")] = 1
     time_budget: Annotated[

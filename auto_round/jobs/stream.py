@@ -129,10 +129,15 @@ def stream(
     for each in passes:
         for step in each.steps:
             step.prepare(source, each.plan)
-    work: list[Unit | Callable[[], None]] = list(work_of(source, passes))
-    progress = Progress([unit for unit in work if isinstance(unit, Unit)], observers)
-    writers = [writer for each in passes for writer in each.writers]
-    work += [_copying(writer, name) for writer in writers for name in writer.to_copy()]
+    layers = work_of(source, passes)
+    progress = Progress(layers, observers)
+    ordered: list[tuple[int, Unit | Callable[[], None]]] = [
+        (max(source.order(layer) for layer in unit.layers), unit) for unit in layers
+    ]
+    for writer in (writer for each in passes for writer in each.writers):
+        ordered += [(source.store.order(name), _copying(writer, name)) for name in writer.to_copy()]
+    # In model order, unless the store says that it has tensors at hand in another one.
+    work = [piece for _, piece in sorted(ordered, key=lambda each: each[0])]
 
     def do(piece: Unit | Callable[[], None]) -> BlockResult | None:
         if not isinstance(piece, Unit):

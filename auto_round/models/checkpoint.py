@@ -17,7 +17,7 @@ import sys
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,10 @@ class TensorStore(ABC):
         """The tensor called `name` will soon be read."""
         return None
 
+    def order(self, name: str) -> int:
+        """When the tensor called `name` is best read, as a number; 0 for all when the order does not matter."""
+        return 0
+
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash of names, dtypes, shapes and a sample of the values: another model has another one."""
@@ -157,18 +161,11 @@ class Checkpoint(TensorStore):
             # Open as long as the store lives: places hand the descriptor on, and reading needs no look-up of a name.
             file = os.open(path, os.O_RDONLY)
             weakref.finalize(self, os.close, file)
-            for name, entry in header.items():
-                if expected is not None and name in infos and name not in expected:
-                    continue  # in two shards: the index says which one counts
-                begin, end = entry["data_offsets"]
-                infos[name] = TensorInfo(_dtype(entry["dtype"], path, name), tuple(entry["shape"]))
+            found = infos_of(header, expected, infos, path)
+            infos.update(found)
+            for name in found:
+                begin, end = header[name]["data_offsets"]
                 self._places[name] = Place(path, file, start + begin, end - begin)
-            absent = sorted((expected or set()) - header.keys())
-            if absent:
-                raise ModelError(
-                    f"{folder / INDEX}: tensor {absent[0]} should be in {shard} but is not; "
-                    "download the index and that shard again"
-                )
         # In one order whatever the order of shards: new files are planned from it.
         self.infos = {name: infos[name] for name in sorted(infos, key=natural)}
 
@@ -234,6 +231,27 @@ class Checkpoint(TensorStore):
                 raise ModelError(f"{place.path}: ends within tensor {name}; copy or download it again")
             done += got
         return tensor if info.shape else tensor.reshape(())
+
+
+def infos_of(
+    header: Mapping[str, Any], expected: set[str] | None, known: Collection[str], path: Path
+) -> dict[str, TensorInfo]:
+    """The tensors that the header of the shard `path` adds to those in `known`.
+
+    expected: the tensors that the index says it has, if there is one. Raises ModelError when one of them is absent.
+    """
+    absent = sorted((expected or set()) - header.keys())
+    if absent:
+        raise ModelError(
+            f"{path.parent / INDEX}: tensor {absent[0]} should be in {path.name} but is not; "
+            "download the index and that shard again"
+        )
+    return {
+        name: TensorInfo(_dtype(entry["dtype"], path, name), tuple(entry["shape"]))
+        for name, entry in header.items()
+        # In two shards: the index says which one counts.
+        if expected is None or name not in known or name in expected
+    }
 
 
 MAPPED = 1 << 20
@@ -303,14 +321,18 @@ def _shards(folder: Path) -> dict[str, set[str] | None]:
         if not names:
             raise ModelError(f"{folder}: no safetensors weights found")
         return dict.fromkeys(names)  # None: nobody says what each holds, so every tensor counts
-    shards: dict[str, set[str] | None] = {}
-    for tensor, name in read_index(folder / INDEX).items():
-        found = shards.setdefault(name, set())
-        assert found is not None, "made in the line before"
-        found.add(tensor)
+    shards = indexed_shards(folder / INDEX)
     for name in shards:
         if not (folder / name).is_file():
             raise ModelError(f"{folder}: shard {name} is named in {INDEX} but missing; download it again")
+    return dict(shards)
+
+
+def indexed_shards(path: Path) -> dict[str, set[str]]:
+    """Shard -> the tensors that the index file `path` says it has. Raises ModelError when it says nothing usable."""
+    shards: dict[str, set[str]] = {}
+    for tensor, name in read_index(path).items():
+        shards.setdefault(name, set()).add(tensor)
     return dict(sorted(shards.items()))
 
 

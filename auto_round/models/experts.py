@@ -245,6 +245,10 @@ class ExpertStore(TensorStore):
         """That of a tensor which is no piece of another."""
         return None if name in self.pieces else self.raw.place(name)
 
+    def order(self, name: str) -> int:
+        """That of the tensor that it is a piece of."""
+        return self.raw.order(self.pieces[name].tensor if name in self.pieces else name)
+
     def announce(self, name: str) -> None:
         """A piece does not lie in one place: only whole tensors are announced."""
         if name not in self.pieces:

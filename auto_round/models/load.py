@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +13,10 @@ import torch
 from torch import nn
 
 from auto_round.core.errors import ModelError, nearest
-from auto_round.core.settings import settings
-from auto_round.models import quirks
+from auto_round.models import hub, quirks
 from auto_round.models.checkpoint import Checkpoint, TensorStore, has_safetensors
 from auto_round.models.experts import live_store
-from auto_round.models.gguf_file import SPLIT, gguf_files
+from auto_round.models.gguf_file import gguf_files
 from auto_round.models.gguf_folder import open_store
 
 logger = logging.getLogger("auto_round")
@@ -53,13 +51,13 @@ def resolve(model: str, *, platform: str = "hf", revision: str | None = None) ->
     folder = Path(model).expanduser()
     if not folder.exists():
         if model.endswith(".gguf") and model.count("/") > 1 and not model.startswith((".", "/", "~")):
-            return _download_file(model, platform=platform, revision=revision)
+            return hub.download_file(model, platform=platform, revision=revision)
         # Only owner/name may be meant for the hub: a mistyped folder should not go over the network.
         if model.startswith((".", "/", "~")) or model.count("/") != 1:
             raise ModelError(
                 f"model {model!r}: no such folder.{_siblings(folder)} Give a folder or a hub id such as owner/name"
             )
-        folder = _download(model, platform=platform, revision=revision)
+        folder = hub.download(model, platform=platform, revision=revision)
     if folder.is_file():
         if folder.suffix == ".gguf":
             return folder
@@ -78,55 +76,10 @@ def resolve(model: str, *, platform: str = "hf", revision: str | None = None) ->
     return folder
 
 
-def _download_file(model: str, *, platform: str, revision: str | None) -> Path:
-    """The GGUF file owner/name/file.gguf of the hub, with the other parts of its model."""
-    owner, name, inside = model.split("/", 2)
-    every = SPLIT.sub(r"-*-of-\2.gguf", inside)
-    path = _download(f"{owner}/{name}", platform=platform, revision=revision, only=every) / inside
-    if not path.is_file():
-        raise ModelError(f"model {model!r}: {owner}/{name} on the hub has no file {inside}. Check the name")
-    return path
-
-
 def _siblings(folder: Path) -> str:
     if not folder.parent.is_dir():
         return ""
     return nearest(folder.name, [path.name for path in folder.parent.iterdir()])
-
-
-def _broken_lines() -> tuple[type[Exception], ...]:
-    """What the library that the hub's client is built on raises when a connection breaks off."""
-    # Its errors are no OSErrors, other than those of the library before it; which one it is changed twice already.
-    modules = [module for name in ("httpx", "httpx2") if (module := sys.modules.get(name)) is not None]
-    return tuple(module.HTTPError for module in modules)
-
-
-def _download(model: str, *, platform: str, revision: str | None, only: str | None = None) -> Path:
-    """A snapshot of the hub model, or of the files of it that match `only`."""
-    wanted: dict[str, Any] = {"ignore_patterns": ["*.bin", "*.gguf", "*.h5", "original/*"]}
-    if only is not None:
-        wanted = {"allow_patterns": [only]}
-    if platform == "model_scope" or settings().use_modelscope:
-        try:
-            from modelscope import snapshot_download as modelscope_download
-        except ImportError as error:
-            raise ModelError(f"model {model!r} from ModelScope needs: pip install modelscope") from error
-        return Path(modelscope_download(model, revision=revision, **({} if only is None else wanted)))
-    if platform != "hf":
-        raise ModelError(f"platform {platform!r} is unknown; use 'hf' or 'model_scope'")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    logger.info("fetching %s from the hub", model)
-    failures: tuple[type[Exception], ...] = (HfHubHTTPError, HFValidationError, OSError, *_broken_lines())
-    try:
-        return Path(snapshot_download(model, revision=revision, **wanted))
-    except failures as error:
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"model {model!r}: no folder of that name, and the hub did not give it ({first_line}). "
-            "Check the name and the network"
-        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -140,10 +93,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def open_folder(folder: Path) -> ModelFiles:
-    """The files of a model folder, weights unread. Raises ModelError for damaged or missing weights."""
+def open_folder(folder: Path, store: TensorStore | None = None) -> ModelFiles:
+    """The files of a model folder, weights unread; its tensors are those of `store` when they are elsewhere.
+
+    Raises ModelError for damaged or missing weights.
+    """
     config: dict[str, Any] = read_config(folder)
-    store: TensorStore | None = None
+    if store is not None:
+        return ModelFiles(store=store, config=config, side_files=side_files(folder), folder=folder)
     if has_safetensors(folder):
         store = Checkpoint(folder)
     elif paths := gguf_files(folder):

@@ -101,17 +101,22 @@ class PlainStore(TensorStore):
         for part in self._derived[name].parts if name in self._derived else (name,):
             self.raw.announce(part)
 
+    def order(self, name: str) -> int:
+        """That of its last part."""
+        parts = self._derived[name].parts if name in self._derived else (name,)
+        return max(self.raw.order(part) for part in parts)
+
     def fingerprint(self) -> str:
         """That of the stored tensors."""
         return self.raw.fingerprint()
 
 
-def open_folder(folder: Path) -> ModelFiles:
-    """The files of a model folder as those of an unquantized model.
+def open_folder(folder: Path, store: TensorStore | None = None) -> ModelFiles:
+    """The files of a model folder as those of an unquantized model; `store` has its tensors if they are elsewhere.
 
     Raises ModelError or FormatError for a quantization that is not understood.
     """
-    files = load.open_folder(folder)
+    files = load.open_folder(folder, store)
     settings = files.config.get("quantization_config") or files.config.get("quantization")
     if settings is None:
         return files

@@ -88,6 +88,10 @@ class TensorSource(Source):
         tensor = self.store.look(self.names[layer.tensor])
         return tensor.t() if layer.transposed else tensor
 
+    def order(self, name: str) -> int:
+        """When the weight of the layer `name` is best read, as a number."""
+        return self.store.order(self.names[self.anatomy.layers[name].tensor])
+
     def announce(self, name: str) -> None:
         """The weight of the layer `name` will soon be read."""
         self.store.announce(self.names[self.anatomy.layers[name].tensor])

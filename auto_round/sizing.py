@@ -13,6 +13,7 @@ from auto_round.jobs.placing import Wish, place, place_stream, seconds_by_steps
 from auto_round.jobs.planner import SAMPLES, Making, Stage, base_memory, rounded
 from auto_round.jobs.workers import cores
 from auto_round.material import Material
+from auto_round.models.anatomy import hidden_width
 from auto_round.models.device import Devices, parse_devices
 from auto_round.models.memory import exact_allocations
 from auto_round.models.shards import parse_size
@@ -130,7 +131,7 @@ class Sizing:
         tree = material.subject().tree
         assert tree is not None, "only streams go by names alone"
         rows = tree.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        width = tree.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
+        width = hidden_width(tree)
         padded = data is not None and data.attention_mask is not None
         fed = needs is not Needs.NOTHING and (data is not None or not self.with_data)
 

@@ -111,6 +111,7 @@ class Kernel(nn.Module):
         if site.padding:
             self.register_forward_pre_hook(_pad)
         self.transposed = False  # whether the plain layer held its weight as (I, O)
+        self.ready = False  # whether its tensors are loaded
         # From the format's own `write` on meta tensors: no table of buffers that could differ from the file.
         planned = planned_tensors(site.format, site.spec, site.shape, site.act)
         self._planned = {suffix: tensor.dtype for suffix, tensor in planned.items()}
@@ -160,6 +161,25 @@ class Kernel(nn.Module):
         for name, tensor in tensors.items():
             # Not the checkpoint's: see `_save_to_state_dict`.
             self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the plain layer would hold it, made anew, for code of models that reads it past the layer.
+
+        Until the layer is loaded it is a stand-in on the meta device: transformers 5 initializes some layers through
+        their parents (GPT2Attention fills c_proj.weight), and skips what is marked as done.
+        """
+        if not self.ready:
+            shape = (self.in_features, self.out_features) if self.transposed else self.site.shape
+            stand_in = torch.empty(shape, dtype=self.site.dtype, device="meta")
+            stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
+            return stand_in
+        return self.plain_weight()
+
+    def plain_weight(self) -> Tensor:
+        """The dequantized weight in the model's dtype, without padding: (O, I), or (I, O) where the model has it so."""
+        weight = self.dequantized(self.site.dtype)[:, : self.in_features]
+        return weight.t().contiguous() if self.transposed else weight.contiguous()
 
     @property
     def W_q(self) -> Tensor:

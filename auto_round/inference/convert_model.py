@@ -23,7 +23,7 @@ from auto_round.formats.base import Format, format_named
 from auto_round.formats.reading import PACKINGS, SMALL_FLOATS, flat_settings, is_pattern
 from auto_round.inference.plain import dequantized
 from auto_round.models import quirks
-from auto_round.models.anatomy import block_lists, is_conv1d, is_matrix, shape_of
+from auto_round.models.anatomy import block_lists, is_conv1d, is_matrix, shape_of, shared_matrices
 from auto_round.models.expert_modules import separate
 from auto_round.models.experts import SavedNames, find_experts
 from auto_round.models.memory import available_memory
@@ -89,9 +89,6 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
             raise FormatError(f"{name}: {error}") from error
         built.transposed = is_conv1d(old)
         setattr(owner, last, built)
-        # transformers 5 initializes some layers through their parents: GPT2Attention fills c_proj.weight, now gone.
-        if parent:
-            owner._is_hf_initialized = True  # type: ignore[assignment]
         kind = f"{site.kind} run on {choice.backend.name} ({choice.backend.summary})"
         choices[kind] = choice  # one line in the log for layers alike, not one per layer
         counts[kind] += 1
@@ -132,6 +129,7 @@ def post_init(model: nn.Module, used_backends: list[str]) -> None:
     _check_complete(ours)
     for module in ours:
         backends()[module.backend].finish(module, cache=cache)
+        module.ready = True
     # transformers has no other place for it: its quantizer asks itself, and answers that nobody has written it.
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
@@ -178,7 +176,11 @@ def _schemes(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Scheme]:
     prefixes = _prefixes(model, config)
     renamed = SavedNames(model).renamed
     found = {}
+    # What several blocks share a checkpoint holds once, in floating point.
+    shared = shared_matrices(model)
     for name in _matrices(model):
+        if name in shared:
+            continue
         # The configuration may speak of layers as the checkpoint does, or as the module tree does.
         stored = renamed(f"{name}.weight").removesuffix(".weight")
         settings_of_layer = _layer_settings(name, extra, patterns)

@@ -26,15 +26,14 @@ def dequantized(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
 
 def _plain(layer: Kernel) -> nn.Module:
     """The layer as it was before quantization, in kind."""
-    weight = layer.dequantized(layer.site.dtype)[:, : layer.in_features]
+    weight = layer.plain_weight()
     if layer.transposed:
         # Empty, as its own constructor would fill a weight of full size with random numbers.
         plain: nn.Module = Conv1D(0, 0)
         plain.nf, plain.nx = layer.out_features, layer.in_features  # type: ignore[assignment]
-        weight = weight.t().contiguous()
     else:
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    plain.weight = nn.Parameter(weight.contiguous())
+    plain.weight = nn.Parameter(weight)
     plain.bias = None if layer.bias is None else nn.Parameter(layer.bias)  # type: ignore[assignment]
     return plain
 

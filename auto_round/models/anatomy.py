@@ -213,7 +213,8 @@ def anatomy(model: nn.Module) -> Anatomy:
         )
     owner = {block: block for blocks in lists for block in blocks}
     layers: dict[str, Layer] = {}
-    head = _head_name(model)
+    kind = str(getattr(getattr(model, "config", None), "model_type", ""))
+    head, shared = _head_name(model), shared_matrices(model)
     experts = {module.path: module for module in find_experts(model)}
     for name, module in model.named_modules():
         block = next((owner[prefix] for prefix in _prefixes(name) if prefix in owner), None)
@@ -222,7 +223,11 @@ def anatomy(model: nn.Module) -> Anatomy:
         if not is_matrix(module):
             continue
         # Other towers have no blocks here (`block_lists`), so their matrices are known by their names.
-        if quirks.left_alone(name) or (block is None and any(w in name for w in quirks.NON_TEXT_WORDS)):
+        if (
+            name in shared
+            or quirks.left_alone(name, kind)
+            or (block is None and any(w in name for w in quirks.NON_TEXT_WORDS))
+        ):
             continue
         layers[name] = Layer(name, shape_of(module), is_conv1d(module), block)
     return Anatomy(
@@ -269,13 +274,35 @@ def _head_name(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if head is not None and module is head), None)
 
 
+def hidden_width(model: nn.Module) -> int:
+    """Values per token between blocks: what the configuration says, else the width of the embedding."""
+    said = getattr(model.config.get_text_config(), "hidden_size", None)  # type: ignore[operator, union-attr]
+    # BLT has one for each of its parts, and none for the whole.
+    return int(said or model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+
+
+def ties(model: nn.Module) -> Mapping[str, str]:
+    """Tensor -> the one whose values it shares, as transformers >= 5 tells it; other versions tell nothing."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
+
+
+def shared_matrices(model: nn.Module) -> frozenset[str]:
+    """Layers that are the same weight as another layer: those of a part that several blocks have in common."""
+    matrices = {name for name, module in model.named_modules() if is_matrix(module)}
+    pairs = ((a.removesuffix(".weight"), b.removesuffix(".weight")) for a, b in ties(model).items())
+    return frozenset(name for pair in pairs if matrices.issuperset(pair) for name in pair)
+
+
 def _is_tied(model: nn.Module, head: str | None) -> bool:
     config = getattr(model, "config", None)
     if head is None or config is None:
         return False
     embedding = model.get_input_embeddings()  # type: ignore[operator]
-    shared = embedding is not None and model.get_submodule(head).weight is embedding.weight
-    return shared or bool(config.get_text_config().tie_word_embeddings)
+    if embedding is not None and model.get_submodule(head).weight is embedding.weight:
+        return True
+    if getattr(model, "all_tied_weights_keys", None) is not None:
+        return f"{head}.weight" in ties(model)  # CPMAnt says tied in its configuration, and is not
+    return bool(config.get_text_config().tie_word_embeddings)
 
 
 def _notes(model: nn.Module, blocks: Mapping[str, str], layers: Iterable[Layer]) -> Iterator[str]:
@@ -283,7 +310,11 @@ def _notes(model: nn.Module, blocks: Mapping[str, str], layers: Iterable[Layer])
     stacked = [
         name
         for name, p in model.named_parameters()
-        if p.ndim == 3 and name not in known and any(x in blocks for x in _prefixes(name))
+        # A convolution has a side of 1: its channels are apart.
+        if p.ndim == 3
+        and 1 not in p.shape
+        and name not in known
+        and any(x in blocks for x in _prefixes(name))
     ]
     if stacked:
         yield (

@@ -51,7 +51,9 @@ def routed(
     out = torch.zeros_like(hidden)
     for expert in index.unique().tolist():  # only those that got a token
         token, slot = torch.where(index == expert)
-        result = run(expert, hidden[token]) * weights[token, slot, None]
+        # What is sent beyond the last expert stays as it is: the zero experts of LongCat.
+        own = run(expert, hidden[token]) if expert < experts.count else hidden[token]
+        result = own * weights[token, slot, None]
         out.index_add_(0, token, result.to(out.dtype))
     return out
 

@@ -16,9 +16,19 @@ ROUTER_ENDINGS = (".gate", ".router", ".shared_expert_gate", ".gate.wg")
 STATE_ENDINGS = (".dt_proj", ".x_proj", ".in_proj_a", ".in_proj_b", ".in_proj_ba", ".A_log")
 """Small projections that steer the step size and the decay of state-space and linear attention."""
 
+SHARED_PARTS = (".shared_transf.", ".shared_transformer.")
+"""Parts that several blocks share (Zamba): written once, while every block has a module of its own for them."""
 
-def left_alone(name: str) -> str | None:
+RESCALED = {"rwkv": (".attention.output", ".feed_forward.value")}
+"""Matrices that the model's code halves in place before it runs, by model_type: codes cannot be halved."""
+
+
+def left_alone(name: str, model_type: str = "") -> str | None:
     """Why the matrix `name` is never quantized, wherever it is, or None."""
+    if any(part in name for part in SHARED_PARTS):
+        return "several blocks share it"
+    if name.endswith(RESCALED.get(model_type, ())):
+        return "the model's own code rescales it in place"
     if name.endswith(ROUTER_ENDINGS):
         return "it chooses experts: tiny, and routing must not change"
     if name.endswith(STATE_ENDINGS):
@@ -36,7 +46,7 @@ PREDICTION = re.compile(r"(^|\.)(mtp|nextn|mtp_layers)(\.|$)")
 INTERLEAVED_EXPERTS = ("gpt_oss",)
 """Values of model_type whose fused gate and up alternate row by row."""
 
-FUSED_EXPERTS = {"Llama4TextExperts": (True, False)}
+FUSED_EXPERTS = {"Llama4TextExperts": (True, False), "LongcatFlashExperts": (False, False)}
 """Modules of fused experts that do not tell their layout: class name -> (stored (I, O), gate and up interleaved)."""
 
 NON_TEXT_WORDS = (
@@ -51,7 +61,8 @@ NON_TEXT_WORDS = (
 )
 """Words in a block list's path that mark a tower other than the language model."""
 
-TRANSPOSED_ENDINGS = {"gpt2": ("c_attn", "c_proj", "c_fc", "q_attn")}
+CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
+TRANSPOSED_ENDINGS = {"gpt2": CONV1D, "openai-gpt": CONV1D}
 """Matrices stored (I, O) by model_type, for checkpoints whose module tree cannot be built."""
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.core.errors import ModelError
+from auto_round.models.anatomy import ties
 from auto_round.models.checkpoint import TensorStore, names_match
 from auto_round.models.experts import ENDS, Experts, Piece
 
@@ -82,9 +83,9 @@ def locate(
             names.update(match)
         elif not any(pattern.search(name) for pattern in optional):
             missing.append(name)
-    # Of two tied tensors, biases for example, a checkpoint holds one (transformers >= 5 names the pairs).
-    ties = getattr(tree, "all_tied_weights_keys", None) or {}
-    names.update({name: names[ties[name]] for name in missing if ties.get(name) in names})
+    # Of two tied tensors, biases for example, a checkpoint holds one.
+    pairs = ties(tree)
+    names.update({name: names[pairs[name]] for name in missing if pairs.get(name) in names})
     missing = [name for name in missing if name not in names]
     return Located(store=store, names=names, pieces=pieces, full=_kept_full(tree)), missing
 

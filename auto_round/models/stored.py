@@ -74,7 +74,13 @@ def tells_all(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> boo
         name.endswith(WEIGHT) and len(info.shape) == 3 and 1 not in info.shape and block_of(name)
         for name, info in infos.items()
     )
-    return bool(prefixes) and all("." in prefix for prefix in prefixes) and not renamed and not stacked
+    # Inkling 2 drops ".weight" from the names of some layers.
+    nameless = any(
+        len(info.shape) == 2 and info.dtype.is_floating_point and name.endswith("_proj") and block_of(name)
+        for name, info in infos.items()
+    )
+    odd = renamed or stacked or nameless
+    return bool(prefixes) and all("." in prefix for prefix in prefixes) and not odd
 
 
 def anatomy_of_names(
@@ -85,12 +91,13 @@ def anatomy_of_names(
     layers: dict[str, Layer] = {}
     left: dict[str, str] = {}
     lists: dict[str, dict[str, None]] = {}
-    transposed = quirks.TRANSPOSED_ENDINGS.get(str(config.get("model_type")), ())
+    kind = str(config.get("model_type"))
+    transposed = quirks.TRANSPOSED_ENDINGS.get(kind, ())
     pieces = {layer: piece for module in experts for layer, piece in module.pieces()}
     for tensor in sorted(infos, key=natural):
         name = tensor.removesuffix(WEIGHT)
         block = block_of(tensor)
-        reason = _reason(tensor, infos[tensor], block, text)
+        reason = _reason(tensor, infos[tensor], block, text) or quirks.left_alone(name, kind)
         if reason is not None:
             left[tensor] = reason
             continue
@@ -174,7 +181,7 @@ def _reason(tensor: str, info: TensorInfo, block: str | None, text: Mapping[str,
     # A matrix of scales per head is no matrix to multiply by.
     if block is not None and "norm" in name.rpartition(".")[2]:
         return "a norm"
-    return quirks.left_alone(name)
+    return None
 
 
 def _number(block: str) -> int:
@@ -219,7 +226,9 @@ def _head(
     )
     said = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
     if stored is not None:
-        return stored, bool(said)
+        # CPMAnt says tied, though its embedding has more rows and no head could be it.
+        alike = any(infos[name].shape == layers[stored].shape for name in _embeddings(infos, config))
+        return stored, bool(said) and alike
     # A configuration that does not say means tied: that is the default in transformers.
     if said is False or next(_embeddings(infos, config), None) is None:
         return None, False
@@ -235,7 +244,9 @@ def fused_experts(infos: Mapping[str, TensorInfo], config: Mapping[str, Any]) ->
         if last != "down_proj" or len(infos[tensor].shape) != 3:
             continue
         first = next((n for n in ("gate_up_proj", "up_proj") if f"{path}.{n}" in infos), None)
-        if first is None or any(word in path for word in quirks.NON_TEXT_WORDS):
+        # Gate and up in two tensors: shared experts of Inkling, which no reader takes apart.
+        apart = first == "up_proj" and f"{path}.gate_proj" in infos
+        if first is None or apart or any(word in path for word in quirks.NON_TEXT_WORDS):
             continue
         count, a, b = infos[tensor].shape
         parts = 2 if first == "gate_up_proj" else 1

@@ -14,7 +14,7 @@ from auto_round.core.errors import ModelError
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.models import load
-from auto_round.models.anatomy import Anatomy, Layer, anatomy
+from auto_round.models.anatomy import Anatomy, Layer, anatomy, ties
 from auto_round.models.checkpoint import StateDict, names_match
 from auto_round.models.experts import SavedNames, live_store, split_store
 from auto_round.models.load import ModelFiles
@@ -185,10 +185,13 @@ def _embedding_tensor(tree: nn.Module, files: ModelFiles, prefix: str) -> str:
     """Name in the checkpoint of the input embedding."""
     embedding = tree.get_input_embeddings()  # type: ignore[operator]
     name = next(name for name, module in tree.named_modules() if module is embedding)
-    matched = names_match([f"{name}.weight"], files.store.infos, prefix, SavedNames(tree).renamed)
-    if matched is None:
-        raise ModelError(f"{name}.weight: the tied embedding is not in the checkpoint")
-    return matched[f"{name}.weight"]
+    tensor, saved = f"{name}.weight", SavedNames(tree).renamed
+    # Of tables that share their values a checkpoint holds one: ProphetNet's decoder has that of the whole model.
+    for spelling in (tensor, ties(tree).get(tensor, tensor)):
+        matched = names_match([spelling], files.store.infos, prefix, saved)
+        if matched is not None:
+            return matched[spelling]
+    raise ModelError(f"{tensor}: the tied embedding is not in the checkpoint")
 
 
 def check_sources(subject: Subject, plan: Plan) -> None:

@@ -189,7 +189,7 @@ def stacks_of(
 
 
 def output_loss(out: Tensor, target: Tensor, valid: Tensor | None, trim: float = 0.0) -> Tensor:
-    """Mean squared error of block outputs (B, T, H) over the tokens that count.
+    """Mean squared error of block outputs (B, T, ...) over the tokens that count.
 
     trim: share of the values, those furthest off, that count as right.
     """
@@ -200,8 +200,9 @@ def output_loss(out: Tensor, target: Tensor, valid: Tensor | None, trim: float =
         squared = squared.flatten().index_fill(0, worst, 0.0).reshape(squared.shape)
     if valid is None:
         return squared.mean()
+    squared = squared.flatten(2)  # several streams in one state, as Gemma 3n has them
     # Padding only: 0, not NaN.
-    return (squared * valid.unsqueeze(-1)).sum() / (valid.sum().clamp(min=1) * out.shape[-1])
+    return (squared * valid.unsqueeze(-1)).sum() / (valid.sum().clamp(min=1) * squared.shape[-1])
 
 
 def prediction_loss(logits: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:

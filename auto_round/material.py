@@ -120,19 +120,23 @@ class Material:
                 blocks=self.options.to_quant_block_names,
                 trust_remote_code=self.options.trust_remote_code,
             )
-            if self._subject is not None:
-                self._check_whole(files)
+            if self._subject is not None and not self._check_whole(files):
+                self._subject = None
         if self._subject is None:
             self._subject = self._of_tree()
         return self._subject
 
-    def _check_whole(self, files: load.ModelFiles) -> None:
-        """Refuse a checkpoint that would not load, and warn of one that looks as if something were missing."""
+    def _check_whole(self, files: load.ModelFiles) -> bool:
+        """Whether names tell all, as far as anybody was asked.
+
+        Refuses a checkpoint that would not load, and warns of one that looks as if something were missing.
+        """
         trusted = self.options.trust_remote_code
         odd = lacking(files.store.infos)
         # Names suffice to stream, and reading them is quick; the architecture is asked when they raise a doubt.
+        told = True
         if not self.options.model_free or odd is not None:
-            check_streamed(files, trust_remote_code=trusted)
+            told = check_streamed(files, trust_remote_code=trusted)
         assert self.folder is not None, "only folders are streamed"
         if odd is not None and not load.knows(self.folder, trust_remote_code=trusted):
             logger.warning(
@@ -140,6 +144,7 @@ class Material:
                 "architecture. If that is a mistake, download the model again",
                 odd,
             )
+        return told
 
     def _of_tree(self) -> Subject:
         """The model by its module tree."""

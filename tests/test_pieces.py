@@ -190,6 +190,11 @@ def test_any_damaged_byte_changes_the_checksum(count):
         assert checksum(damaged) != whole
 
 
+def test_a_checksum_does_not_depend_on_where_the_bytes_lie():
+    data = torch.arange(1009, dtype=torch.int64).to(torch.uint8)
+    assert checksum(data[4:]) == checksum(data[4:].clone())
+
+
 def test_rows_that_change_places_change_the_checksum():
     rows = torch.arange(3 * COLUMNS).reshape(3, COLUMNS)
     assert len({checksum(rows[list(order)]) for order in itertools.permutations(range(3))}) == 6

@@ -194,7 +194,8 @@ def block_lists(model: nn.Module) -> list[tuple[str, ...]]:
         for name, child in module.named_children():
             inner = f"{path}.{name}" if path else name
             if isinstance(child, nn.ModuleList):
-                if any(is_matrix(m) for m in child.modules()):
+                # A list of single matrices, as Gemma 3n has beside its blocks, is none of blocks.
+                if any(is_matrix(m) for block in child for m in block.modules() if m is not block):
                     # No search inside: a list in a block, such as its experts, belongs to the block.
                     yield tuple(f"{inner}.{index}" for index in range(len(child)))
             else:

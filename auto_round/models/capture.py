@@ -6,7 +6,7 @@ gives the first block's hidden states and each block's own keyword arguments: ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch.func import functional_call
 from auto_round.core.errors import ModelError
 
 Forward = Callable[..., Any]
+Board = MutableMapping[Any, tuple[Tensor, ...]]
 WEIGHTS_ALONE = "Quantize from weights alone: iters=0, disable_opt_rtn=True (auto-round-rtn)"
 
 
@@ -43,12 +44,16 @@ class Axes:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Arguments of one block apart from the hidden states; `by_keyword` tells how those were passed."""
+    """Arguments of one block apart from the hidden states; `by_keyword` tells how those were passed.
+
+    board: the one among the arguments that blocks write on for later blocks, as Gemma 3n's do with keys and values.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     by_keyword: bool
     axes: Axes = Axes()
+    board: Board | None = None
 
     def run(self, module: Forward, hidden: Tensor) -> Tensor:
         """Call `module` with `hidden` (B, T, ...) and these arguments; the hidden states it returns."""
@@ -283,6 +288,7 @@ class Calls:
     def __init__(self, one: Call, other: Call, both: Call, samples: Sequence[Call] | None) -> None:
         """Learn from passes over sample 0, sample 1, and both at once; `samples` holds every sample's own call."""
         self._one = one
+        self._boards = {k for k, v in one.kwargs.items() if isinstance(v, MutableMapping) and not len(v)}
         self._shared = leaves((one.args, one.kwargs))
         second, joint = leaves((other.args, other.kwargs)), leaves((both.args, both.kwargs))
         shapes = [(a.shape, c.shape) for a, c in zip(self._shared, joint, strict=True)]
@@ -304,8 +310,8 @@ class Calls:
         own = [tensor.untyped_storage() for parts in self._per_sample or () for tensor in parts]
         return {storage.data_ptr(): storage.nbytes() for storage in own}
 
-    def batch(self, rows: Sequence[int], device: torch.device | str) -> Call:
-        """The call for the samples `rows` together."""
+    def batch(self, rows: Sequence[int], device: torch.device | str, board: Board | None = None) -> Call:
+        """The call for the samples `rows` together, with an empty board of its own unless there is a `board`."""
 
         def leaf(i: int) -> Tensor:
             axis = self._axes[i]
@@ -318,7 +324,12 @@ class Calls:
         args, kwargs = rebuilt(
             (self._one.args, self._one.kwargs), (leaf(i) for i in range(len(self._shared)))
         )
-        return Call(args, kwargs, self._one.by_keyword, self._one.axes)
+        # Empty when it was captured, as no block had run: what was written on it since would be other samples'.
+        for key, value in self._one.kwargs.items():
+            if isinstance(value, MutableMapping) and key in self._boards:
+                board = type(value)() if board is None else board
+                kwargs[key] = board
+        return Call(args, kwargs, self._one.by_keyword, self._one.axes, board)
 
 
 def _doubled(one: torch.Size, both: torch.Size) -> int | None:

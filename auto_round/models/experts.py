@@ -131,6 +131,24 @@ class SavedNames:
                 break
         return tuple(self.renamed(name) for name in names)
 
+    def shares(self, tensor: str) -> bool:
+        """Whether checkpoints hold the module tree's `tensor` together with others in one."""
+        return any(
+            len(rule.source_patterns) > 1 and rule.rename_source_key(tensor)[1] is not None
+            for rule in self._converters
+        )
+
+    def joined(self, tensor: str) -> tuple[tuple[str, ...], int] | None:
+        """(stored names, axis) of what is joined to the module tree's `tensor`; None where nothing is."""
+        for rule in self._converters:
+            if rule.rename_source_key(tensor)[1] is None:
+                continue
+            names, operations = self.of(tensor), rule.operations
+            # Back into a checkpoint it is cut: convolutions over queries, keys and values in Kimi Linear.
+            cut = len(operations) == 1 and type(operations[0]).__name__ == "Chunk" and len(names) > 1
+            return (names, operations[0].dim) if cut and not any("*" in name for name in names) else None
+        return None
+
     def renamed(self, name: str) -> str:
         """The same for a tensor that is not split."""
         for rule in self._renamings:

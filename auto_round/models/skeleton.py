@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from auto_round.core.errors import ModelError
 from auto_round.models.anatomy import ties
 from auto_round.models.checkpoint import TensorStore, names_match
-from auto_round.models.experts import ENDS, Experts, Piece
+from auto_round.models.experts import ENDS, Experts, Piece, SavedNames
 
 LOW_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -24,33 +24,43 @@ LOW_DTYPES = (torch.float16, torch.bfloat16)
 class Located:
     """names: tensor of the tree -> stored name. pieces: fused tensor -> where each stored matrix goes in it.
 
-    full: beginnings of the names of tensors that stay in float32 whatever the dtype of the model.
+    joins: tensor -> stored names and the axis along which they are joined. full: beginnings of the names of tensors
+    that stay in float32 whatever the dtype of the model.
     """
 
     store: TensorStore
     names: Mapping[str, str]
     pieces: Mapping[str, Mapping[str, Piece]] = field(default_factory=dict)
+    joins: Mapping[str, tuple[tuple[str, ...], int]] = field(default_factory=dict)
     full: Callable[[str], bool] = lambda name: False
+
+    def claimed(self) -> set[str]:
+        """The stored tensors that are some tensor of the tree, or a part of one."""
+        parts = (name for names, _ in self.joins.values() for name in names)
+        return {*self.names.values(), *parts, *(name for own in self.pieces.values() for name in own)}
 
     def check(self, tree: nn.Module) -> None:
         """Raise ModelError naming a stored tensor that has another shape than in `tree`."""
         for name, like in tree.state_dict().items():
             if self.names.get(name) in self.store.infos:
-                self._check(name, self.store.infos[self.names[name]].shape, like)
+                self._check(self.names[name], self.store.infos[self.names[name]].shape, like)
 
-    def _check(self, name: str, shape: tuple[int, ...], like: Tensor) -> None:
+    def _check(self, stored: str, shape: tuple[int, ...], like: Tensor) -> None:
         if shape != tuple(like.shape):
             raise ModelError(
-                f"{self.names[name]}: shape {shape} in the checkpoint, {tuple(like.shape)} in the "
-                "model's configuration"
+                f"{stored}: shape {shape} in the checkpoint, {tuple(like.shape)} in the model's configuration"
             )
 
     def read(self, name: str, like: Tensor) -> Tensor:
         """The tensor `name` of the tree, in the dtype of `like`."""
         dtype = torch.float32 if self.full(name) and like.dtype in LOW_DTYPES else like.dtype
         if name not in self.pieces:
-            tensor = self.store.get(self.names[name])
-            self._check(name, tuple(tensor.shape), like)
+            if name in self.joins:
+                names, axis = self.joins[name]
+                stored, tensor = ", ".join(names), torch.cat([self.store.get(n) for n in names], axis)
+            else:
+                stored, tensor = self.names[name], self.store.get(self.names[name])
+            self._check(stored, tuple(tensor.shape), like)
             return tensor.to(dtype)
         # One expert after the other into its place, so that the checkpoint's matrices are never all in memory twice.
         fused = torch.empty(like.shape, dtype=dtype)
@@ -64,13 +74,14 @@ def locate(
     store: TensorStore,
     experts: Iterable[Experts],
     known: Mapping[str, str],
-    saved: Callable[[str], str],
+    spelled: SavedNames,
 ) -> tuple[Located, list[str]]:
     """Where the tensors of `tree` are in `store`, and those that are not there, by name.
 
-    known: stored names that are found already. saved: see `names_match`.
+    known: stored names that are found already. spelled: how checkpoints spell names.
     """
     prefix, names, missing = str(tree.base_model_prefix), dict(known), []
+    saved = spelled.renamed
     experts = list(experts)
     pieces = _pieces(experts, store, prefix, saved)
     counts = {f"{m.path}.{t}{e}": m.count * n for m in experts for t, n in m.parts() for e in ENDS}
@@ -86,8 +97,14 @@ def locate(
     # Of two tied tensors, biases for example, a checkpoint holds one.
     pairs = ties(tree)
     names.update({name: names[pairs[name]] for name in missing if pairs.get(name) in names})
-    missing = [name for name in missing if name not in names]
-    return Located(store=store, names=names, pieces=pieces, full=_kept_full(tree)), missing
+    joins = {}
+    for name in missing:
+        parts, axis = spelled.joined(name) or ((), 0)
+        match = names_match(parts, store.infos, prefix)
+        if match:
+            joins[name] = tuple(match.values()), axis
+    missing = [name for name in missing if name not in names and name not in joins]
+    return Located(store=store, names=names, pieces=pieces, joins=joins, full=_kept_full(tree)), missing
 
 
 def _pieces(
@@ -113,7 +130,7 @@ def _kept_full(tree: nn.Module) -> Callable[[str], bool]:
 
 def check_missing(missing: Iterable[str], located: Located, tree: nn.Module) -> None:
     """Raise ModelError for a tensor of `tree` that is `missing`, unless it may be stored under a name of its own."""
-    claimed = {*located.names.values(), *(name for own in located.pieces.values() for name in own)}
+    claimed = located.claimed()
     others = {tuple(info.shape) for name, info in located.store.infos.items() if name not in claimed}
     tensors = tree.state_dict()
     for name in missing:

@@ -134,8 +134,8 @@ def anatomy_of_names(
 def block_of(tensor: str) -> str | None:
     """The block of a tensor: "model.layers.3" of "model.layers.3.mlp.up_proj.weight", up to the first number."""
     parts = tensor.split(".")
-    # The first number: later ones count experts inside a block.
-    at = next((i for i, part in enumerate(parts) if part.isdigit() and 0 < i < len(parts) - 1), None)
+    # The first number: later ones count experts inside a block. A matrix of a list ("projections.0.weight") is none.
+    at = next((i for i, part in enumerate(parts) if part.isdigit() and 0 < i < len(parts) - 2), None)
     return None if at is None else ".".join(parts[: at + 1])
 
 

@@ -142,22 +142,26 @@ def open_subject(origin: Origin, candidates: Candidates = IN_BLOCKS) -> Subject:
     return Subject(anatomy=body, files=files, names=names, tree=tree, located=located)
 
 
-def check_streamed(files: ModelFiles, *, trust_remote_code: bool) -> None:
-    """Raise ModelError when the checkpoint lacks a tensor of the architecture, also one that would only be copied, or
-    has a matrix of another shape."""
+def check_streamed(files: ModelFiles, *, trust_remote_code: bool) -> bool:
+    """Whether the checkpoint holds every layer under one name. Raises ModelError when it lacks a tensor of the
+    architecture, also one that would only be copied, or has a matrix of another shape."""
     assert files.folder is not None, "only folders are streamed"
     try:
         tree = load.skeleton(files.folder, trust_remote_code=trust_remote_code)
     except ModelError:
-        return  # not an architecture of transformers: nobody knows what is missing
-    body, prefix = anatomy(tree), str(tree.base_model_prefix)
+        return True  # not an architecture of transformers: nobody knows what is missing
+    body, prefix, spelled = anatomy(tree), str(tree.base_model_prefix), SavedNames(tree)
     files = replace(files, store=split_store(files.store, body.experts, prefix, whole=True))
+    inside = [layer.tensor for layer in body.layers.values() if layer.block is not None]
+    if any(spelled.shares(tensor) for tensor in inside):
+        return False  # HRM: one stored tensor for queries, keys and values
     # No tensor is expected for it.
     tied = {body.layers[body.head].tensor: ""} if body.tied and body.head else {}
     _located(tree, body, files, tied)
     for layer in body.layers.values():
         for stored in (names_match([layer.tensor], files.store.infos, prefix) or {}).values():
             _check_shape(files, stored, layer)
+    return True
 
 
 def _check_shape(files: ModelFiles, stored: str, layer: Layer) -> None:
@@ -174,7 +178,7 @@ def _located(tree: nn.Module, body: Anatomy, files: ModelFiles, names: Mapping[s
     """Where the checkpoint holds each tensor of the skeleton `tree`. Raises ModelError for one that is missing."""
     if files.folder is None or isinstance(files.store, StateDict):
         return None
-    located, missing = locate(tree, files.store, body.experts, names, SavedNames(tree).renamed)
+    located, missing = locate(tree, files.store, body.experts, names, SavedNames(tree))
     check_missing(missing, located, tree)
     if missing:
         logger.warning("%s: the checkpoint has no tensor of that name; it may have another", missing[0])

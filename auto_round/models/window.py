@@ -49,4 +49,6 @@ class CallsInTurn:
 
     def batch(self, rows: Sequence[int], device: torch.device | str) -> Call:
         """For the samples `rows` together."""
-        return Call((tuple(calls.batch(rows, device) for calls in self._members),), {}, by_keyword=False)
+        first = self._members[0].batch(rows, device)
+        others = (calls.batch(rows, device, first.board) for calls in self._members[1:])
+        return Call(((first, *others),), {}, by_keyword=False, board=first.board)

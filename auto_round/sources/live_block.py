@@ -27,7 +27,7 @@ from auto_round.sources.activations import InputGrid, Limits, quantized_inputs
 from auto_round.sources.base import Block
 from auto_round.sources.expert_inputs import BlockExperts, quantized_expert_inputs
 from auto_round.sources.moments import Moments
-from auto_round.sources.rows import FileRows, MemoryRows, Rows
+from auto_round.sources.rows import FileRows, MemoryRows, Notices, Rows
 
 logger = logging.getLogger("auto_round")
 GRAM_MOST = 8192  # a Gram matrix of that many channels takes 256 MB
@@ -72,10 +72,15 @@ class Execution:
 
 @dataclass(slots=True)
 class Chain:
-    """Hidden states on their way through the blocks; `quantized` may be `plain` itself."""
+    """Hidden states on their way through the blocks; `quantized` may be `plain` itself.
+
+    notices, quantized_notices: what blocks of either chain left for later ones.
+    """
 
     plain: Rows
     quantized: Rows
+    notices: Notices = field(default_factory=Notices)
+    quantized_notices: Notices = field(default_factory=Notices)
 
 
 class LiveBlock(Block):
@@ -166,7 +171,7 @@ class LiveBlock(Block):
             for rows in self.batches():
                 self._rows = rows
                 seen.clear()
-                self._targets[rows] = self._forward(self._chain.plain, rows, None)
+                self._targets[rows] = self._forward(self._chain.plain, rows, None, leave=True)
         for hook in hooks:
             hook.remove()
         self.tokens, self.starved = experts.tokens, experts.fed | experts.blind
@@ -235,9 +240,16 @@ class LiveBlock(Block):
         """Tokens that are no padding."""
         return None if self._valid is None else self._valid[list(rows)].to(self._execution.device)
 
-    def _forward(self, hidden: Rows, rows: Sequence[int], weights: Mapping[str, Tensor] | None) -> Tensor:
+    def _forward(
+        self, hidden: Rows, rows: Sequence[int], weights: Mapping[str, Tensor] | None, *, leave: bool = False
+    ) -> Tensor:
+        """leave: whether what the block leaves for later ones is kept."""
         device = self._execution.device
         call = self._calls.batch(rows, device)
+        chain = self._chain
+        notices = chain.notices if hidden is chain.plain else chain.quantized_notices
+        if call.board is not None:
+            call.board.update(notices.show(rows, device))
         # The few tokens of a starved expert would speak for all that it may ever get: no gradient comes from them.
         still = self.starved if len(self.starved) < len(weights or {}) else ()
         weights = {name: w.detach() if name in still else w for name, w in (weights or {}).items()}
@@ -258,13 +270,16 @@ class LiveBlock(Block):
         ):
             states = hidden[list(rows)].to(device)
             try:
-                return call.run(module, states).float()
+                out = call.run(module, states).float()
             except torch._dynamo.exc.TorchDynamoException as error:  # raised by compiled blocks only
                 logger.warning(
                     "%s: torch.compile failed, going on without: %s", self.name, _first_line(error)
                 )
                 self._run_eagerly()
-                return call.run(module, states).float()
+                out = call.run(module, states).float()
+        if leave and call.board is not None:
+            notices.post(rows, call.board)
+        return out
 
     def _run_eagerly(self) -> None:
         for member in self.members:
@@ -290,7 +305,7 @@ class LiveBlock(Block):
         """Move both chains past this block, whose weights become `replaced`."""
         if quantized:
             for rows in self.batches():
-                self._chain.quantized[rows] = self._forward(self._chain.quantized, rows, replaced)
+                self._chain.quantized[rows] = self._forward(self._chain.quantized, rows, replaced, leave=True)
         self._chain.plain = self._targets  # the float output is there already
         if not self._execution.quantized_inputs:
             self._chain.quantized = self._chain.plain

@@ -6,7 +6,7 @@ import math
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +104,25 @@ class FileRows(Rows):
     def like(self) -> Rows:
         """Room of the same shape in another file."""
         return FileRows(self.shape, self._folder)
+
+
+class Notices:
+    """What blocks leave for later blocks besides hidden states, for every sample: keys and values in Gemma 3n and 4."""
+
+    def __init__(self) -> None:
+        self._left: dict[Any, dict[int, tuple[Tensor, ...]]] = {}
+
+    def post(self, rows: Sequence[int], found: Mapping[Any, tuple[Tensor, ...]]) -> None:
+        """Keep what the samples `rows` left; tensors have the samples first."""
+        for key, tensors in found.items():
+            for at, row in enumerate(rows):
+                own = tuple(tensor[at : at + 1].detach().float().cpu() for tensor in tensors)
+                self._left.setdefault(key, {})[row] = own
+
+    def show(self, rows: Sequence[int], device: torch.device) -> dict[Any, tuple[Tensor, ...]]:
+        """What is kept of the samples `rows`."""
+        return {
+            key: tuple(torch.cat(parts).to(device) for parts in zip(*(own[row] for row in rows), strict=True))
+            for key, own in self._left.items()
+            if all(row in own for row in rows)
+        }

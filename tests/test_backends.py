@@ -196,26 +196,27 @@ def test_the_cpu_kernels_give_the_same_bits_with_any_number_of_threads():
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("rows", [8, 16])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_bytes_of_a_tile_are_what_the_kernel_file_says(bits):
+def test_the_bytes_of_a_tile_are_what_the_kernel_file_says(bits, rows):
     from auto_round.backends.cpu.layout import tile_codes, untile_codes
 
     codes = torch.randint(
-        0, 1 << bits, (9, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+        0, 1 << bits, (17, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
-    tiled = tile_codes(codes, bits)
-    assert tiled.shape == (2, 2, 32 * bits) and torch.equal(untile_codes(tiled, bits, (9, 40)), codes)
-    for row, column in ((0, 0), (3, 17), (8, 39)):
-        unit, (q, k) = tiled[row // 8, column // 32].tolist(), divmod(column % 32, 4)
-        at = 4 * (row % 8) + k  # byte within a vector
+    tiled = tile_codes(codes, bits, rows)
+    assert tiled.shape == (-(-17 // rows), 2, 4 * rows * bits) and torch.equal(untile_codes(tiled, bits, (17, 40)), codes)
+    for row, column in ((0, 0), (3, 17), (8, 39), (16, 12)):
+        unit, (q, k) = tiled[row // rows, column // 32].tolist(), divmod(column % 32, 4)
+        at = 4 * (row % rows) + k  # byte within a vector
         if bits == 8:
-            found = unit[32 * q + at]
+            found = unit[4 * rows * q + at]
         elif bits == 4:
-            found = unit[32 * (q // 2) + at] >> 4 * (q % 2) & 15
+            found = unit[4 * rows * (q // 2) + at] >> 4 * (q % 2) & 15
         else:
-            found = unit[32 * (q // 4) + at] >> 2 * (q % 4) & 3
+            found = unit[4 * rows * (q // 4) + at] >> 2 * (q % 4) & 3
         if bits == 3:
-            found |= (unit[64 + at] >> q & 1) << 2
+            found |= (unit[8 * rows + at] >> q & 1) << 2
         assert found == codes[row, column]
 
 
@@ -257,7 +258,7 @@ def test_the_kernels_without_vector_instructions_agree():
         w = (codes.double() - zeros.double()[:, columns]) * scales.double()[:, columns]
         for dtype, limbs in ((torch.float32, 3), (torch.bfloat16, 2)):
             x = inputs(6, 128, dtype)
-            tiles = (layout.tile_codes(codes, bits), layout.tile_groups(scales), layout.tile_groups(zeros))
+            tiles = (layout.tile_codes(codes, bits, 8), layout.tile_groups(scales, 8), layout.tile_groups(zeros, 8))
             y = torch.ops.auto_round_cpu_plain.linear(x, *tiles, None, bits, 64, 24, limbs)
             want = x.double() @ w.t()
             assert (y.double() - want).norm() <= TOLERANCE[dtype] * want.norm()

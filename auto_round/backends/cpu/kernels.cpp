@@ -221,7 +221,7 @@ inline void unpack(const uint8_t* p, uint8_t* out) {
   } else {
     Bytes v[U::per_piece][U::planes];
     U::template part<PIECE>(p, v);
-    UNROLL for (int i = 0; i < U::per_piece; ++i) spill(out + UNIT * (PIECE * U::per_piece + i), v[i][0]);
+    UNROLL for (int i = 0; i < U::per_piece; ++i) spill(out + VECTOR * (PIECE * U::per_piece + i), v[i][0]);
     if constexpr (PIECE + 1 < U::pieces) unpack<BITS, PIECE + 1>(p, out);
   }
 }
@@ -233,7 +233,7 @@ void dequantize(const Weights& w, int64_t first, int64_t last, float* out) {
   at::parallel_for(first, last, std::max<int64_t>(1, (1 << 15) / (columns * ROWS)), [&](int64_t from, int64_t to) {
     for (int64_t tile = from; tile < to; ++tile)
       for (int64_t u = 0; u < w.units; ++u) {
-        alignas(32) uint8_t codes[QUADS * UNIT];
+        alignas(64) uint8_t codes[QUADS * VECTOR];
         unpack<BITS>(w.codes + (tile * w.units + u) * Unit<BITS>::bytes, codes);
         const int64_t at = (tile * w.groups + u * UNIT / w.group) * ROWS;
         float scale[ROWS];
@@ -243,8 +243,8 @@ void dequantize(const Weights& w, int64_t first, int64_t last, float* out) {
           float* row = out + ((tile - first) * ROWS + r) * columns + u * UNIT;
           for (int q = 0; q < QUADS; q += 2) {
             uint8_t eight[8];  // columns 4q .. 4q+7 of row r: one vector of floats
-            std::memcpy(eight, codes + q * UNIT + 4 * r, 4);
-            std::memcpy(eight + 4, codes + (q + 1) * UNIT + 4 * r, 4);
+            std::memcpy(eight, codes + q * VECTOR + 4 * r, 4);
+            std::memcpy(eight + 4, codes + (q + 1) * VECTOR + 4 * r, 4);
             UNROLL for (int k = 0; k < 8; ++k) row[4 * q + k] = (static_cast<float>(eight[k]) - zero) * scale[r];
           }
         }
@@ -278,11 +278,12 @@ void multiply_many(const Weights& w, int64_t bits, const at::Tensor& x, const st
 Weights weights(const at::Tensor& codes, const at::Tensor& scales, const std::optional<at::Tensor>& zeros, int64_t bits,
                 int64_t group, int64_t rows, int64_t columns) {
   TORCH_CHECK(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits must be 2, 3, 4 or 8, got ", bits);
-  TORCH_CHECK(codes.is_contiguous() && codes.size(2) == UNIT * bits, "codes must be (tiles, units, ", UNIT * bits, ")");
+  TORCH_CHECK(codes.is_contiguous() && codes.size(2) == VECTOR * bits, "codes must be (tiles, units, ", VECTOR * bits, ")");
   TORCH_CHECK(group % UNIT == 0 && columns <= codes.size(1) * UNIT && rows <= codes.size(0) * ROWS,
               "x, codes, rows and group do not fit together");
   TORCH_CHECK(scales.scalar_type() == at::kHalf && scales.is_contiguous() && scales.size(0) == codes.size(0) &&
-                  scales.size(1) * group >= codes.size(1) * UNIT, "scales must be (tiles, groups, 8) float16");
+                  scales.size(2) == ROWS &&
+                  scales.size(1) * group >= codes.size(1) * UNIT, "scales must be (tiles, groups, ", ROWS, ") float16");
   TORCH_CHECK(!zeros || (zeros->scalar_type() == at::kByte && zeros->is_contiguous() && zeros->sizes() == scales.sizes()),
               "zeros must be uint8 of the shape of scales");
   return {codes.const_data_ptr<uint8_t>(),
@@ -332,7 +333,9 @@ at::Tensor weight(const at::Tensor& codes, const at::Tensor& scales, const std::
 }
 
 std::string instructions() {
-#if defined(HAS_VNNI)
+#if defined(HAS_AVX512)
+  return "AVX-512 VNNI";
+#elif defined(HAS_VNNI)
   return "VNNI";
 #elif defined(HAS_AVX2)
   return "AVX2";
@@ -349,4 +352,5 @@ TORCH_LIBRARY(AUTO_ROUND_LIBRARY, m) {
   m.def("weight(Tensor codes, Tensor scales, Tensor? zeros, int bits, int group, int rows, int columns) -> Tensor");
   m.impl("weight", c10::DispatchKey::CPU, &weight);
   m.def("instructions() -> str", &instructions);
+  m.def("rows() -> int", []() -> int64_t { return ROWS; });
 }

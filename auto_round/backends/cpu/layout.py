@@ -1,6 +1,7 @@
-"""The order in which the CPU kernels read codes: tiles of 8 rows, units of 32 columns, several codes to a byte.
+"""The order in which the CPU kernels read codes: tiles of 8 or 16 rows, units of 32 columns, several codes to a byte.
 
-A unit is eight vectors of 32 bytes; vector q holds columns 4q .. 4q+3 of row 0, then of row 1, and so on. In memory:
+R, the rows of a tile, is what the kernels' instructions take: 16 with AVX-512, else 8. A unit is eight vectors of 4 R
+bytes; vector q holds columns 4q .. 4q+3 of row 0, then of row 1, and so on. In memory:
 8 bits: the vectors. 4 bits: byte j is v[2j] | v[2j+1] << 4. 2 bits: v[4j] | v[4j+1] << 2 | ... 3 bits: the low two bits
 as for 2 bits, then one vector whose bit q is the high bit of v[q].
 """
@@ -10,39 +11,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ROWS, UNIT, VECTORS = 8, 32, 8
+UNIT, VECTORS = 32, 8
 
 
-def tile_codes(codes: Tensor, bits: int) -> Tensor:
-    """(O, I) uint8 codes to (ceil(O / 8), ceil(I / 32), 32 * bits) uint8; what is missing is filled with 0."""
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % UNIT, 0, -codes.shape[0] % ROWS))
-    tiles, units = padded.shape[0] // ROWS, padded.shape[1] // UNIT
-    # (tile, unit, vector, row, 4 columns): a vector has the same four columns of eight rows.
-    by_vector = padded.reshape(tiles, ROWS, units, VECTORS, 4).permute(0, 2, 3, 1, 4)
-    return _join(by_vector.reshape(tiles, units, VECTORS, UNIT), bits).flatten(2).contiguous()
+def tile_codes(codes: Tensor, bits: int, rows: int) -> Tensor:
+    """(O, I) uint8 codes to (ceil(O / R), ceil(I / 32), 4 R * bits) uint8, R = `rows`; what is missing becomes 0."""
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % UNIT, 0, -codes.shape[0] % rows))
+    tiles, units = padded.shape[0] // rows, padded.shape[1] // UNIT
+    # (tile, unit, vector, row, 4 columns): a vector has the same four columns of all rows.
+    by_vector = padded.reshape(tiles, rows, units, VECTORS, 4).permute(0, 2, 3, 1, 4)
+    return _join(by_vector.reshape(tiles, units, VECTORS, 4 * rows), bits).flatten(2).contiguous()
 
 
 def untile_codes(tiled: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
     """The inverse of `tile_codes`: (O, I) uint8."""
     tiles, units = tiled.shape[:2]
-    vectors = _part(tiled.reshape(tiles, units, -1, UNIT), bits).reshape(tiles, units, VECTORS, ROWS, 4)
-    codes = vectors.permute(0, 3, 1, 2, 4).reshape(tiles * ROWS, units * UNIT)
+    rows = tiled.shape[2] // (4 * bits)
+    vectors = _part(tiled.reshape(tiles, units, -1, 4 * rows), bits).reshape(tiles, units, VECTORS, rows, 4)
+    codes = vectors.permute(0, 3, 1, 2, 4).reshape(tiles * rows, units * UNIT)
     return codes[: shape[0], : shape[1]].contiguous()
 
 
-def tile_groups(per_group: Tensor) -> Tensor:
-    """(O, groups) to (ceil(O / 8), groups, 8), filled with 0."""
-    padded = torch.nn.functional.pad(per_group, (0, 0, 0, -per_group.shape[0] % ROWS))
-    return padded.reshape(-1, ROWS, per_group.shape[1]).transpose(1, 2).contiguous()
+def tile_groups(per_group: Tensor, rows: int) -> Tensor:
+    """(O, groups) to (ceil(O / R), groups, R), R = `rows`, filled with 0."""
+    padded = torch.nn.functional.pad(per_group, (0, 0, 0, -per_group.shape[0] % rows))
+    return padded.reshape(-1, rows, per_group.shape[1]).transpose(1, 2).contiguous()
 
 
 def untile_groups(tiled: Tensor, rows: int) -> Tensor:
-    """The inverse of `tile_groups`: (O, groups)."""
+    """The inverse of `tile_groups`: (O, groups), O = `rows`."""
     return tiled.transpose(1, 2).reshape(-1, tiled.shape[1])[:rows].contiguous()
 
 
 def _join(v: Tensor, bits: int) -> Tensor:
-    """(..., 8, 32) codes to (..., bits, 32) bytes."""
+    """(..., 8, 4 R) codes to (..., bits, 4 R) bytes."""
     if bits == 8:
         return v
     if bits == 4:
@@ -60,7 +62,7 @@ def _join(v: Tensor, bits: int) -> Tensor:
 
 
 def _part(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `_join`: (..., bits, 32) bytes to (..., 8, 32) codes."""
+    """The inverse of `_join`: (..., bits, 4 R) bytes to (..., 8, 4 R) codes."""
     if bits == 8:
         return packed
     if bits == 4:

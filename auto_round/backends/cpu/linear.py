@@ -31,13 +31,13 @@ class CpuLinear(Kernel):
 
     def settle(self, q: Quantized) -> None:
         """Repack `q` into tiles."""
-        count = groups_per_row(q.shape, q.spec.group)
+        count, rows = groups_per_row(q.shape, q.spec.group), torch.ops.auto_round_cpu.rows()
         tensors = {
-            "codes": layout.tile_codes(merge(q.codes, q.shape, q.spec.group), q.spec.bits),
-            "scales": layout.tile_groups(q.params["scale"].reshape(-1, count)),
+            "codes": layout.tile_codes(merge(q.codes, q.shape, q.spec.group), q.spec.bits, rows),
+            "scales": layout.tile_groups(q.params["scale"].reshape(-1, count), rows),
         }
         if "zero" in q.params:
-            tensors["zeros"] = layout.tile_groups(q.params["zero"].reshape(-1, count))
+            tensors["zeros"] = layout.tile_groups(q.params["zero"].reshape(-1, count), rows)
         self.replace(**tensors)
 
     def quantized(self) -> Quantized:

@@ -1,11 +1,18 @@
-// 32 codes, 8 sums and 8 floats at once: with AVX2 (and VNNI where the processor has it), or in plain C++.
+// Codes, sums and floats of a tile at once: 16 rows with AVX-512, 8 with AVX2 (and VNNI where the processor has it) or in
+// plain C++. A vector holds four columns of each row.
 #pragma once
 #include <c10/util/Half.h>
 
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(AUTO_ROUND_PLAIN)
+#if defined(AUTO_ROUND_PLAIN)
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__) && \
+    !defined(AUTO_ROUND_NARROW)
+#define HAS_AVX512 1
+#define HAS_VNNI 1
+#include <immintrin.h>
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define HAS_AVX2 1
 #include <immintrin.h>
 #endif
@@ -19,10 +26,56 @@
 
 namespace {
 
-constexpr int ROWS = 8, UNIT = 32, QUADS = 8;
+#if defined(HAS_AVX512)
+constexpr int ROWS = 16;
+#else
+constexpr int ROWS = 8;
+#endif
+constexpr int UNIT = 32, QUADS = 8, VECTOR = 4 * ROWS;
 #define UNROLL _Pragma("GCC unroll 8")
 
-#if defined(HAS_AVX2)
+#if defined(HAS_AVX512)
+using Bytes = __m512i;  // 64 unsigned codes
+using Ints = __m512i;   // one int32 per row
+using Sums = __m512i;
+using Floats = __m512;  // one float per row
+
+inline Bytes load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+template <int SHIFT, int MASK>
+inline Bytes field(Bytes v) {
+  return _mm512_and_si512(_mm512_srli_epi16(v, SHIFT), _mm512_set1_epi8(static_cast<char>(MASK)));
+}
+template <int AT>
+inline Bytes with_bit(Bytes v, Bytes high) {  // v | 4 * bit AT of each byte of high
+  Bytes moved = AT >= 2 ? _mm512_srli_epi16(high, AT >= 2 ? AT - 2 : 0) : _mm512_slli_epi16(high, AT < 2 ? 2 - AT : 0);
+  return _mm512_or_si512(v, _mm512_and_si512(moved, _mm512_set1_epi8(4)));
+}
+inline Bytes quad(const int8_t* x) {
+  int32_t word;
+  std::memcpy(&word, x, 4);
+  return _mm512_set1_epi32(word);
+}
+inline Ints none() { return _mm512_setzero_si512(); }
+inline Sums no_sums() { return _mm512_setzero_si512(); }
+inline Sums add_dot(Sums s, Bytes v, Bytes x) { return _mm512_dpbusd_epi32(s, v, x); }
+template <int WEIGHT>
+inline Ints widen(Ints a, Sums s) { return _mm512_add_epi32(a, s); }
+inline Ints minus(Ints a, int32_t b) { return _mm512_sub_epi32(a, _mm512_set1_epi32(b)); }
+inline Ints minus_zeros(Ints a, const uint8_t* zeros, int32_t sum) {
+  __m512i z = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros)));
+  return _mm512_sub_epi32(a, _mm512_mullo_epi32(z, _mm512_set1_epi32(sum)));
+}
+inline Floats real(Ints a) { return _mm512_cvtepi32_ps(a); }
+inline Floats zero_floats() { return _mm512_setzero_ps(); }
+inline Floats add_scaled(Floats a, float factor, Floats to) { return _mm512_fmadd_ps(a, _mm512_set1_ps(factor), to); }
+inline Floats add_product(Floats a, Floats b, Floats to) { return _mm512_fmadd_ps(a, b, to); }
+inline Floats scaled(const uint16_t* scales, float factor) {
+  __m512 s = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
+  return _mm512_mul_ps(s, _mm512_set1_ps(factor));
+}
+inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+inline void spill(uint8_t* p, Bytes v) { _mm512_storeu_si512(p, v); }
+#elif defined(HAS_AVX2)
 using Bytes = __m256i;  // 32 unsigned codes
 using Ints = __m256i;   // one int32 per row
 using Floats = __m256;  // one float per row
@@ -73,13 +126,13 @@ inline Floats scaled(const uint16_t* scales, float factor) {
 inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 inline void spill(uint8_t* p, Bytes v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 #else
-struct Bytes { uint8_t b[UNIT]; };
+struct Bytes { uint8_t b[VECTOR]; };
 struct Ints { int32_t i[ROWS]; };
 struct Floats { float f[ROWS]; };
 
 inline Bytes load(const uint8_t* p) {
   Bytes v;
-  std::memcpy(v.b, p, UNIT);
+  std::memcpy(v.b, p, VECTOR);
   return v;
 }
 template <int SHIFT, int MASK>
@@ -89,7 +142,7 @@ inline Bytes field(Bytes v) {
 }
 template <int AT>
 inline Bytes with_bit(Bytes v, Bytes high) {
-  for (int i = 0; i < UNIT; ++i) v.b[i] |= ((high.b[i] >> AT) & 1) << 2;
+  for (int i = 0; i < VECTOR; ++i) v.b[i] |= ((high.b[i] >> AT) & 1) << 2;
   return v;
 }
 inline Ints none() { return Ints{}; }
@@ -145,7 +198,7 @@ inline void spill(uint8_t* p, Bytes v) { std::memcpy(p, v.b, sizeof(v.b)); }
 // planes of 4 where only 16-bit sums exist.
 template <int BITS>
 struct Unit {
-  static constexpr int bytes = UNIT * BITS;
+  static constexpr int bytes = VECTOR * BITS;
 #if defined(HAS_AVX2) && !defined(HAS_VNNI)
   static constexpr int planes = BITS == 8 ? 2 : 1;
 #else
@@ -155,7 +208,7 @@ struct Unit {
 
   template <int PIECE>
   static inline void part(const uint8_t* p, Bytes (*v)[planes]) {
-    Bytes w = load(p + UNIT * PIECE);
+    Bytes w = load(p + VECTOR * PIECE);
     if constexpr (BITS == 8) {
       if constexpr (planes == 2) {
         v[0][0] = field<0, 15>(w);
@@ -172,7 +225,7 @@ struct Unit {
       v[2][0] = field<4, 3>(w);
       v[3][0] = field<6, 3>(w);
       if constexpr (BITS == 3) {
-        Bytes high = load(p + UNIT * 2);
+        Bytes high = load(p + VECTOR * 2);
         v[0][0] = with_bit<4 * PIECE>(v[0][0], high);
         v[1][0] = with_bit<4 * PIECE + 1>(v[1][0], high);
         v[2][0] = with_bit<4 * PIECE + 2>(v[2][0], high);

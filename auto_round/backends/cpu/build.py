@@ -12,7 +12,7 @@ import torch
 from auto_round.core.native import compiled
 from auto_round.core.settings import settings
 
-SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("kernels.cpp", "vectors.h"))
+SOURCE, *HEADERS = (Path(__file__).with_name(name) for name in ("kernels.cpp", "vectors.h", "amx.h"))
 # The last two let loops vectorise; they give up errno and traps, which nobody reads, and no digit of a result.
 FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 TIMEOUT = 600  # seconds; half a minute is usual
@@ -60,7 +60,7 @@ def _library(found: str, namespace: str, defines: tuple[str, ...]) -> Path:
             timeout=TIMEOUT,
             link=link,
             name=namespace,
-            versions=[torch.__version__, HEADER.read_text()],
+            versions=[torch.__version__, *(header.read_text() for header in HEADERS)],
             announce=ANNOUNCE,
         )
     except subprocess.CalledProcessError as error:

@@ -19,58 +19,72 @@
 
 namespace {
 
+constexpr int64_t FEWEST = 8, FEWEST_REAL = 32;  // rows of x from which the matrix unit is used, in either way of amx.h
 constexpr int AHEAD = 4096;  // bytes; measured on Zen 3, 1024 to 4096 are alike
 constexpr int64_t PIECE_OF_WEIGHT = 1 << 19;  // float32 weights at a time: 2 MB; 128 K to 1 M were nearly alike on Zen 3
 // Rows of x from which float32 products are faster than integer ones with 2 and 3 limbs; measured on Zen 3 with MKL.
 constexpr int64_t MANY[] = {INT64_MAX, INT64_MAX, 256, 32};
 
-// The inputs in fixed point. limbs: [m][block][limb][column]; scale: [m][block]; sum of each limb: [m][block][limb].
+// The inputs in fixed point, in parts of `height` rows; what the last part lacks is zero.
+// limbs: [part][block][limb][row][column]; scale: [part][block][row]; sums: [part][block][row][1 or 2], of the first two
+// limbs together (l0 + 256 l1) and of the third.
 struct Inputs {
-  int64_t blocks, block;
+  int64_t blocks, block, height;
   int count;
   std::vector<int8_t> limbs;
   std::vector<float> scale;
-  std::vector<int32_t> sum;
+  std::vector<int32_t> sums;
 
   template <typename T>
-  Inputs(const T* x, int64_t m, int64_t columns, int64_t padded, int64_t block_, int count_)
-      : blocks(padded / block_), block(block_), count(count_) {
-    limbs.resize(m * padded * count);
-    scale.resize(m * blocks);
-    sum.resize(m * blocks * count);
+  Inputs(const T* x, int64_t m, int64_t columns, int64_t padded, int64_t block_, int64_t height_, int count_)
+      : blocks(padded / block_), block(block_), height(height_), count(count_) {
+    const int64_t parts = (m + height - 1) / height;
+    limbs.resize(parts * height * padded * count);
+    scale.resize(parts * height * blocks);
+    sums.resize(scale.size() * (count > 2 ? 2 : 1));
     at::parallel_for(0, m, m > 8 ? 4 : m, [&](int64_t from, int64_t to) {
       for (int64_t row = from; row < to; ++row)
-        for (int64_t b = 0; b < blocks; ++b) fill(x + row * columns + b * block, std::min(block, columns - b * block), row * blocks + b);
+        for (int64_t b = 0; b < blocks; ++b)
+          fill(x + row * columns + b * block, std::min(block, columns - b * block),
+               (row / height * blocks + b) * height, row % height);
     });
   }
 
   template <typename T>
-  void fill(const T* x, int64_t n, int64_t at) {
-    alignas(32) float v[128];
-    alignas(32) int32_t whole[128];
-    float largest = 0;
-    bool finite = true;
-    for (int64_t i = 0; i < block; ++i) v[i] = i < n ? static_cast<float>(x[i]) : 0.0f;
-#pragma omp simd reduction(max : largest)
-    for (int64_t i = 0; i < block; ++i) largest = std::max(largest, std::fabs(v[i]));
-    for (int64_t i = 0; i < block; ++i) finite &= std::fabs(v[i]) <= 3.0e38f;
+  void fill(const T* x, int64_t n, int64_t first, int64_t row) {
+    const int64_t size = block;  // a copy: the compiler must not fear that writing limbs changes it
+    alignas(64) float v[128];
+    alignas(64) int32_t whole[128], limb[128];
+    for (int64_t i = 0; i < size; ++i) v[i] = i < n ? static_cast<float>(x[i]) : 0.0f;
+    int32_t bits[128], largest_bits = 0;  // without their signs, floats are in the order of their bits, NaN last
+    std::memcpy(bits, v, sizeof(float) * size);
+    for (int64_t i = 0; i < size; ++i) largest_bits = std::max(largest_bits, bits[i] & INT32_MAX);
+    float largest;
+    std::memcpy(&largest, &largest_bits, sizeof(largest));
+    const bool finite = largest <= 3.0e38f;
     // All limbs at 127 would be 127, 32639, 8355711; the last with room for the rounding of v * inverse.
     const float top = count == 1 ? 127.0f : count == 2 ? 32639.0f : 8355584.0f;
     const float inverse = finite && largest > 0 ? top / largest : 0;
     const bool usable = inverse > 0 && inverse <= 3.0e38f;
-    scale[at] = finite ? (usable ? largest / top : 0) : NAN;
-    int8_t* out = limbs.data() + at * count * block;
-    for (int64_t i = 0; i < block; ++i) whole[i] = usable ? static_cast<int32_t>(std::rint(v[i] * inverse)) : 0;
+    scale[first + row] = finite ? (usable ? largest / top : 0) : NAN;
+    if (usable)
+      for (int64_t i = 0; i < size; ++i) whole[i] = static_cast<int32_t>(std::rint(v[i] * inverse));
+    else
+      std::fill_n(whole, size, 0);
+    int32_t total[3] = {};
     for (int l = 0; l < count; ++l) {
-      int32_t total = 0;
-      for (int64_t i = 0; i < block; ++i) {
-        const auto limb = static_cast<int8_t>(whole[i]);
-        out[l * block + i] = limb;
-        total += limb;
-        whole[i] = (whole[i] - limb) >> 8;
+      int8_t* out = limbs.data() + (first * count + l * height + row) * size;
+      int32_t sum = 0;
+      for (int64_t i = 0; i < size; ++i) {
+        limb[i] = static_cast<int8_t>(whole[i]);
+        sum += limb[i];
+        whole[i] = (whole[i] - limb[i]) >> 8;
       }
-      sum[at * count + l] = total;
+      for (int64_t i = 0; i < size; ++i) out[i] = static_cast<int8_t>(limb[i]);
+      total[l] = sum;
     }
+    if (count > 2) sums[2 * (first + row) + 1] = total[2];
+    sums[(count > 2 ? 2 : 1) * (first + row)] = total[0] + 256 * total[1];
   }
 };
 
@@ -80,6 +94,22 @@ struct Weights {
   const uint8_t* zeros;  // null: the middle code
   int64_t tiles, units, groups, group;
 };
+
+template <int LIMBS>
+constexpr int SUMS = LIMBS > 2 ? 2 : 1;
+
+// Sums of codes times limbs, less zeros times the sums of the limbs. Two limbs fit an integer: 128 * 255 * 32639 < 2^31.
+template <int BITS, int LIMBS>
+inline Floats whole(const Ints (&a)[LIMBS], const uint8_t* zeros, const int32_t* sums) {
+  const auto less_zeros = [&](Ints v, int32_t sum) {
+    return zeros ? minus_zeros(v, zeros, sum) : minus(v, sum * (1 << (BITS - 1)));
+  };
+  Ints low = a[0];
+  if constexpr (LIMBS > 1) low = add_bytes(low, a[1]);
+  Floats value = real(less_zeros(low, sums[0]));
+  if constexpr (LIMBS > 2) value = add_scaled(real(less_zeros(a[2], sums[1])), 65536.0f, value);
+  return value;
+}
 
 // One piece of T tiles against M rows of inputs: each broadcast input serves all tiles, each unpacked code all rows.
 template <int BITS, int LIMBS, int M, int T, int PIECE>
@@ -111,7 +141,7 @@ __attribute__((noinline)) void multiply(const Weights& w, const Inputs& in, int6
   UNROLL for (int t = 0; t < T; ++t) codes[t] = w.codes + (tile + t) * per_tile;
   const uint16_t* scales = w.scales + tile * per_group;
   const uint8_t* zeros = w.zeros ? w.zeros + tile * per_group : nullptr;
-  const int64_t block = in.block, per_row = in.blocks * LIMBS * block;
+  const int64_t block = in.block, per_row = in.blocks * LIMBS * block;  // rows are parts of their own
   const int8_t* limbs = in.limbs.data() + m * per_row;
   int64_t left = w.group;  // columns until the next group
   for (int64_t b = 0; b < in.blocks; ++b, limbs += LIMBS * block) {
@@ -141,13 +171,7 @@ __attribute__((noinline)) void multiply(const Weights& w, const Inputs& in, int6
     UNROLL for (int t = 0; t < T; ++t)
       UNROLL for (int r = 0; r < M; ++r) {
         const int64_t at = (m + r) * in.blocks + b;
-        Floats value = zero_floats();
-        UNROLL for (int l = 0; l < LIMBS; ++l) {
-          const int32_t sum = in.sum[at * LIMBS + l];
-          const Ints shifted = zeros ? minus_zeros(a[t][r][l], zeros + t * per_group, sum)
-                                     : minus(a[t][r][l], sum * (1 << (BITS - 1)));
-          value = add_scaled(real(shifted), l == 0 ? 1.0f : l == 1 ? 256.0f : 65536.0f, value);
-        }
+        const Floats value = whole<BITS, LIMBS>(a[t][r], zeros ? zeros + t * per_group : nullptr, &in.sums[at * SUMS<LIMBS>]);
         total[t][r] = add_product(value, scaled(scales + t * per_group, in.scale[at]), total[t][r]);
       }
     left -= block;
@@ -161,6 +185,13 @@ __attribute__((noinline)) void multiply(const Weights& w, const Inputs& in, int6
     UNROLL for (int r = 0; r < M; ++r) store(out[t][r], total[t][r]);
 }
 
+// Results of one tile and row of x, rounded to the dtype of y.
+template <typename Y>
+inline void put(const float* sums, const float* bias, Y* y, int64_t count) {
+  if (count == ROWS) return put_all(sums, bias, y);
+  for (int64_t i = 0; i < count; ++i) y[i] = static_cast<Y>(bias ? sums[i] + bias[i] : sums[i]);
+}
+
 template <int BITS, int LIMBS, int M, int T, typename Y>
 inline void multiply_into(const Weights& w, const Inputs& in, int64_t tile, int64_t m, const float* bias, Y* y,
                           int64_t rows) {
@@ -168,11 +199,29 @@ inline void multiply_into(const Weights& w, const Inputs& in, int64_t tile, int6
   multiply<BITS, LIMBS, M, T>(w, in, tile, m, out);
   for (int t = 0; t < T; ++t) {
     const int64_t first = (tile + t) * ROWS, count = std::min<int64_t>(ROWS, rows - first);
-    for (int r = 0; r < M; ++r)
-      for (int64_t i = 0; i < count; ++i)
-        y[(m + r) * rows + first + i] = static_cast<Y>(bias ? out[t][r][i] + bias[first + i] : out[t][r][i]);
+    for (int r = 0; r < M; ++r) put(out[t][r], bias ? bias + first : nullptr, y + (m + r) * rows + first, count);
   }
 }
+
+// The codes of a unit, one to a byte, vector after vector.
+template <int BITS, int PIECE = 0>
+inline void unpack(const uint8_t* p, uint8_t* out) {
+  using U = Unit<BITS>;
+  if constexpr (BITS == 8) {
+    std::memcpy(out, p, U::bytes);
+  } else {
+    Bytes v[U::per_piece][U::planes];
+    U::template part<PIECE>(p, v);
+    UNROLL for (int i = 0; i < U::per_piece; ++i) spill(out + VECTOR * (PIECE * U::per_piece + i), v[i][0]);
+    if constexpr (PIECE + 1 < U::pieces) unpack<BITS, PIECE + 1>(p, out);
+  }
+}
+
+}  // namespace
+
+#include "amx.h"
+
+namespace {
 
 template <int BITS, int LIMBS, typename Y>
 void run(const Weights& w, const Inputs& in, int64_t m, const float* bias, Y* y, int64_t rows) {
@@ -181,6 +230,14 @@ void run(const Weights& w, const Inputs& in, int64_t m, const float* bias, Y* y,
   constexpr int64_t NEAR = 64;  // rows of x that stay in the second-level cache while all tiles pass by
   const int64_t work = w.units * UNIT * ROWS * m;  // products per tile
   const int64_t grain = std::max<int64_t>(TILES, (1 << 17) / std::max<int64_t>(1, work));
+#if defined(HAS_AMX)
+  if (in.height > 1) {
+    at::parallel_for(0, w.tiles, grain, [&](int64_t from, int64_t to) {
+      Pairs<BITS, LIMBS, Y>(w, in, bias, y, m, rows).multiply(from, to);
+    });
+    return;
+  }
+#endif
   at::parallel_for(0, w.tiles, grain, [&](int64_t from, int64_t to) {
     for (int64_t start = 0; start < m; start += NEAR) {
       const int64_t stop = std::min(m, start + NEAR);
@@ -198,11 +255,39 @@ void run(const Weights& w, const Inputs& in, int64_t m, const float* bias, Y* y,
   });
 }
 
+// Whether `m` rows go to the matrix unit.
+bool by_amx([[maybe_unused]] int64_t m) {
+#if defined(HAS_AMX)
+  return m >= FEWEST && may_use_amx();
+#else
+  return false;
+#endif
+}
+
+#if defined(HAS_AMX)
+void multiply_real(const Weights& w, const at::Tensor& x, int64_t block, int64_t bits, const float* bias, at::Tensor& y) {
+  const Halves in(x.const_data_ptr<at::BFloat16>(), x.size(0), x.size(1), w.units * UNIT);
+  auto* out = y.mutable_data_ptr<at::BFloat16>();
+  at::parallel_for(0, w.tiles, 2, [&](int64_t from, int64_t to) {
+#define CASE(B) \
+  if (bits == B) RealPairs<B>(w, in, block, bias, out, x.size(0), y.size(1)).multiply(from, to);
+    CASE(2) CASE(3) CASE(4) CASE(8)
+#undef CASE
+  });
+}
+#endif
+
 template <typename T>
 void for_type(const Weights& w, const at::Tensor& x, int64_t columns, int64_t block, int64_t bits, int64_t limbs,
               const float* bias, at::Tensor& y) {
   const int64_t m = x.size(0), rows = y.size(1);
-  const Inputs in(x.const_data_ptr<T>(), m, columns, w.units * UNIT, block, static_cast<int>(limbs));
+#if defined(HAS_AMX)
+  if (std::is_same_v<T, at::BFloat16> && limbs == 2 && m >= FEWEST_REAL && may_use_amx())
+    return multiply_real(w, x, block, bits, bias, y);
+#endif
+  const int64_t parts = by_amx(m) ? (m + 15) / 16 : m;
+  const Inputs in(x.const_data_ptr<T>(), m, columns, w.units * UNIT, block, m ? (m + parts - 1) / parts : 1,
+                  static_cast<int>(limbs));
   T* out = y.mutable_data_ptr<T>();
 #define CASE(B, L) \
   if (bits == B && limbs == L) return run<B, L, T>(w, in, m, bias, out, rows);
@@ -210,20 +295,6 @@ void for_type(const Weights& w, const at::Tensor& x, int64_t columns, int64_t bl
   CASE(4, 1) CASE(4, 2) CASE(4, 3) CASE(8, 1) CASE(8, 2) CASE(8, 3)
 #undef CASE
   TORCH_CHECK(false, "auto_round cpu kernels: ", bits, " bits with ", limbs, " limbs do not exist");
-}
-
-// The codes of a unit, one to a byte, vector after vector.
-template <int BITS, int PIECE = 0>
-inline void unpack(const uint8_t* p, uint8_t* out) {
-  using U = Unit<BITS>;
-  if constexpr (BITS == 8) {
-    std::memcpy(out, p, U::bytes);
-  } else {
-    Bytes v[U::per_piece][U::planes];
-    U::template part<PIECE>(p, v);
-    UNROLL for (int i = 0; i < U::per_piece; ++i) spill(out + VECTOR * (PIECE * U::per_piece + i), v[i][0]);
-    if constexpr (PIECE + 1 < U::pieces) unpack<BITS, PIECE + 1>(p, out);
-  }
 }
 
 // Tiles first .. last as (code - zero) * scale: out[row][padded columns].
@@ -303,7 +374,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& codes, const at::Tensor
   TORCH_CHECK(limbs >= 1 && limbs <= 3, "there are 1 to 3 limbs, got ", limbs);
   at::Tensor y = at::empty({x.size(0), rows}, x.options());
   if (x.size(0) == 0) return y;
-  if (x.size(0) >= MANY[limbs]) {
+  if (x.size(0) >= MANY[limbs] && !by_amx(x.size(0))) {
     multiply_many(w, bits, x, bias, y);
     return y;
   }
@@ -333,6 +404,9 @@ at::Tensor weight(const at::Tensor& codes, const at::Tensor& scales, const std::
 }
 
 std::string instructions() {
+#if defined(HAS_AMX)
+  if (may_use_amx()) return "AMX and AVX-512 VNNI";
+#endif
 #if defined(HAS_AVX512)
   return "AVX-512 VNNI";
 #elif defined(HAS_VNNI)

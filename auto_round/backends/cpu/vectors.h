@@ -1,6 +1,7 @@
 // Codes, sums and floats of a tile at once: 16 rows with AVX-512, 8 with AVX2 (and VNNI where the processor has it) or in
 // plain C++. A vector holds four columns of each row.
 #pragma once
+#include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
 #include <cstdint>
@@ -60,10 +61,11 @@ inline Sums no_sums() { return _mm512_setzero_si512(); }
 inline Sums add_dot(Sums s, Bytes v, Bytes x) { return _mm512_dpbusd_epi32(s, v, x); }
 template <int WEIGHT>
 inline Ints widen(Ints a, Sums s) { return _mm512_add_epi32(a, s); }
+inline Ints add_bytes(Ints a, Ints b) { return _mm512_add_epi32(a, _mm512_slli_epi32(b, 8)); }
 inline Ints minus(Ints a, int32_t b) { return _mm512_sub_epi32(a, _mm512_set1_epi32(b)); }
+inline Ints wide(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline Ints minus_zeros(Ints a, const uint8_t* zeros, int32_t sum) {
-  __m512i z = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros)));
-  return _mm512_sub_epi32(a, _mm512_mullo_epi32(z, _mm512_set1_epi32(sum)));
+  return _mm512_sub_epi32(a, _mm512_mullo_epi32(wide(zeros), _mm512_set1_epi32(sum)));
 }
 inline Floats real(Ints a) { return _mm512_cvtepi32_ps(a); }
 inline Floats zero_floats() { return _mm512_setzero_ps(); }
@@ -74,6 +76,9 @@ inline Floats scaled(const uint16_t* scales, float factor) {
   return _mm512_mul_ps(s, _mm512_set1_ps(factor));
 }
 inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+inline Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
+inline Floats times(Floats a, float b) { return _mm512_mul_ps(a, _mm512_set1_ps(b)); }
+inline Ints load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline void spill(uint8_t* p, Bytes v) { _mm512_storeu_si512(p, v); }
 #elif defined(HAS_AVX2)
 using Bytes = __m256i;  // 32 unsigned codes
@@ -108,6 +113,7 @@ template <int WEIGHT>
 inline Ints widen(Ints a, Sums s) { return _mm256_add_epi32(a, _mm256_madd_epi16(s, _mm256_set1_epi16(WEIGHT))); }
 #endif
 inline Sums no_sums() { return _mm256_setzero_si256(); }
+inline Ints add_bytes(Ints a, Ints b) { return _mm256_add_epi32(a, _mm256_slli_epi32(b, 8)); }
 inline Ints minus(Ints a, int32_t b) { return _mm256_sub_epi32(a, _mm256_set1_epi32(b)); }
 inline Ints minus_zeros(Ints a, const uint8_t* zeros, int32_t sum) {
   __m256i z = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros)));
@@ -163,6 +169,10 @@ inline Ints widen(Ints a, Sums s) {
   for (int r = 0; r < ROWS; ++r) a.i[r] += WEIGHT * s.i[r];
   return a;
 }
+inline Ints add_bytes(Ints a, Ints b) {  // a + 256 b
+  for (int r = 0; r < ROWS; ++r) a.i[r] += 256 * b.i[r];
+  return a;
+}
 inline Ints minus(Ints a, int32_t b) {
   for (auto& i : a.i) i -= b;
   return a;
@@ -192,6 +202,19 @@ inline Floats scaled(const uint16_t* scales, float factor) {
 }
 inline void store(float* p, Floats v) { std::memcpy(p, v.f, sizeof(v.f)); }
 inline void spill(uint8_t* p, Bytes v) { std::memcpy(p, v.b, sizeof(v.b)); }
+#endif
+
+template <typename Y>
+inline void put_all(const float* v, const float* bias, Y* y) {
+  for (int i = 0; i < ROWS; ++i) y[i] = static_cast<Y>(bias ? v[i] + bias[i] : v[i]);
+}
+#if defined(HAS_AVX512) && defined(__AVX512BF16__)
+inline void put_all(const float* v, const float* bias, c10::BFloat16* y) {
+  __m512 all = _mm512_loadu_ps(v);
+  if (bias) all = _mm512_add_ps(all, _mm512_loadu_ps(bias));
+  const __m256bh rounded = _mm512_cvtneps_pbh(all);
+  std::memcpy(y, &rounded, sizeof(rounded));
+}
 #endif
 
 // How a unit is stored. `part` unpacks the vectors at `piece`, `per_piece` of them, to a code per byte. 8 bits are two

@@ -20,6 +20,7 @@ from models import (
 
 from auto_round import AutoRound
 from auto_round.core.errors import ModelError
+from auto_round.jobs.verify import verify
 from auto_round.models.anatomy import anatomy
 from auto_round.models.capture import Recorder
 from auto_round.sources.base import Needs
@@ -213,3 +214,21 @@ def test_code_that_reads_a_weight_past_its_layer_gets_that_of_the_plain_layer(wh
     packed, plain = (loaded(tmp_path / "out" / name) for name in ("auto-round", "fake"))
     for name in made.plan.quantized():
         torch.testing.assert_close(packed.get_submodule(name).weight, plain.get_submodule(name).weight)
+
+
+RENAMED = {"names that only checkpoints use": ("DeepseekV4", {
+    **LLAMA_LIKE, **ROUTED, **LATENT, "n_routed_experts": 4, "n_shared_experts": 1, "head_dim": 16, "o_lora_rank": 8,
+    "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8, "o_groups": 2, "sliding_window": 8, "num_hash_layers": 1,
+})}  # fmt: skip
+
+
+def test_nothing_is_said_about_layers_and_routers_that_checkpoints_call_otherwise(tmp_path, caplog):
+    odd("names that only checkpoints use", tmp_path / "m", table=RENAMED)
+    AutoRound(tmp_path / "m", **SMALL, **RUNS["streamed"]).quantize_and_save(tmp_path / "out")
+    assert not [
+        r.getMessage()
+        for r in caplog.records
+        if "[missing]" in r.getMessage() or "[router]" in r.getMessage()
+    ]
+    findings = verify(tmp_path / "out")
+    assert not [finding for finding in findings if finding.rule in ("missing", "router")]

@@ -26,6 +26,9 @@ from auto_round.models.checkpoint import TensorInfo
 SCALES = ("scales", "weight_scale", "weight_scale_inv")
 ACROSS = ("o_proj", "out_proj", "down_proj", "w2", "fc2", "dense", "dense_4h_to_h", "c_proj")
 """Last words of the layers whose rows are cut under tensor parallelism; of all others, the output features are."""
+CODES = frozenset(
+    {"qweight", "qzeros", "scales", "biases", "weight_packed", "weight_scale", "weight_scale_inv"}
+)
 CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")
 SIGNED = ("scales", "biases", "weight_scale")  # of integers: full-range symmetric scales may be negative
 
@@ -242,7 +245,8 @@ def settings_name_modules(sheet: Sheet) -> Iterator[Finding]:
 def routers_are_float(sheet: Sheet) -> Iterator[Finding]:
     """Matrices that choose experts are plain weights."""
     for name in {*sheet.body.routers, *sheet.unlisted}:
-        if set(sheet.stored(name)) - {"weight", "e_score_correction_bias"}:
+        # Some routers have tables and scales of their own, which are no codes: DeepSeek V4, Inkling.
+        if not CODES.isdisjoint(sheet.stored(name)):
             yield Finding("router", name, "quantized: servers keep routers in floating point")
 
 

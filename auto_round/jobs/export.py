@@ -323,7 +323,8 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
 
     def _inspect(self) -> None:
         """Warn of what a server would refuse; the user may have wanted it so."""
-        layers = self.subject.anatomy.layers
-        prefix = {name: self.subject.stored_name(name) for name in layers if name in self._written}
+        layers, names = self.subject.anatomy.layers, self.subject.names
+        known = [n for n, layer in layers.items() if n in self._written or layer.tensor in names]
+        prefix = {name: self.subject.stored_name(name) for name in known}
         for finding in inspect(self.folder, self.subject.anatomy, prefix):
             logger.warning("%s", finding)

@@ -113,12 +113,14 @@ def _sheet(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool) 
     """The checkpoint in `folder` against the model that its config.json describes."""
     tree, stored = skeleton(folder, trust_remote_code=trust_remote_code), Checkpoint(folder)
     body = anatomy(tree)
+    prefix, plain = _names(tree, body, stored)
+    config = _by_modules(config, prefix)
     said = described(config, body.layers, body.in_blocks())
     if said is not None and said.format.holds_embedding:
         body = body.with_embedding(tree)
+        prefix, plain = _names(tree, body, stored)
         said = described(config, body.layers, body.in_blocks())
     said = said or Described(format_named("fake"), dict.fromkeys(body.layers, FLOAT))
-    prefix, plain = _names(tree, body, stored)
     return Sheet(
         config=config,
         infos=stored.infos,
@@ -134,6 +136,22 @@ def _sheet(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool) 
     )
 
 
+def _by_modules(config: Mapping[str, Any], prefix: Mapping[str, str]) -> dict[str, Any]:
+    """`config` with its settings of layers under the names of the module tree, where it has them as checkpoints do."""
+    layers = {stored: name for name, stored in prefix.items() if stored != name}
+    about = config.get("quantization_config")
+    if not layers or not isinstance(about, Mapping):
+        return dict(config)
+    found = dict(about)
+    for key in ("extra_config", "ignore", "modules_to_not_convert"):
+        said = about.get(key)
+        if isinstance(said, Mapping):
+            found[key] = {layers.get(name, name): value for name, value in said.items()}
+        elif isinstance(said, list):
+            found[key] = [layers.get(name, name) for name in said]
+    return {**config, "quantization_config": found}
+
+
 def _resolved(said: Described, body: Anatomy) -> Any:
     """The format, knowing all schemes."""
     plan = Plan(said.schemes, shapes=body.shapes(), base=FLOAT)
@@ -146,9 +164,13 @@ def _names(
     """Layer -> prefix of its stored tensors; stored name -> shape of every other parameter of `tree`."""
     base, saved = str(tree.base_model_prefix), SavedNames(tree)
     modules = {name.rpartition(".")[0]: info for name, info in stored.infos.items()}
+
+    def renamed(module: str) -> str:
+        # By that of its weight: rules of renaming look at what follows a module's name.
+        return saved.renamed(f"{module}.weight").removesuffix(".weight")
+
     prefix = {
-        name: (names_match([name], modules, base, saved.renamed) or {name: name})[name]
-        for name in body.layers
+        name: (names_match([name], modules, base, renamed) or {name: name})[name] for name in body.layers
     }
     of_layers = {layer.parameter for layer in body.layers.values()}
     plain: dict[str, tuple[int, ...]] = {}

@@ -1,12 +1,14 @@
 """Speed of quantized layers on the CPU: milliseconds, tokens per second and share of the memory's speed.
 
     python benchmarks/decode.py --also ENV/lib/python3.11/site-packages --threads 1   # adds to results/decode.jsonl
-    python benchmarks/decode.py --report                                              # writes decode.md
+    python benchmarks/decode.py --whole --threads 1          # a whole model, see decode_model.py
+    python benchmarks/decode.py --report                     # writes decode.md
 
 One line of JSON per kernel, shape, setting and batch; an interrupted run goes on where it stopped.
 Within a cell all kernels take turns, and the least time of each counts, so a busy machine hurts them alike: processor
-time for one thread, wall time for more. Up to batch 8 the caches are filled with other data before each call, since a
-model's weights come from memory. The memory's speed is that of a copy in the same cell, bytes read plus bytes written.
+time for one thread, wall time for more. Up to batch 8 the last-level cache is filled with other data before each call,
+since a model's weights come from memory. The memory's speed is that of a copy in the same cell, bytes read plus bytes
+written. Rows carry the processor's name and are never compared across processors.
 """
 
 import argparse
@@ -32,7 +34,7 @@ LLAMA_CPP = {"q4_0": "W4G128", "q4_k": "W4G128", "q8_0": "W8G128", "q2_k": "W2G6
 KERNELS = (("cpu", torch.bfloat16), ("cpu:int8", torch.bfloat16), ("ark", torch.bfloat16), ("ark", torch.float32),
            ("gptqmodel:torch", torch.bfloat16))  # fmt: skip
 ROUNDS = {1: 11, 8: 7, 64: 3, 512: 1}
-FLUSH = 16 << 20  # floats: twice the last-level cache of the machine this was written on
+CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 LONG = 64  # from this batch on one layer per model stands for all
 
 
@@ -95,6 +97,21 @@ def calls_of(shape, batch, ggml, threads):
     return calls
 
 
+def processor():
+    """What runs here, in words: the name that Linux knows and the instructions that our kernels use."""
+    from auto_round.backends.cpu import build
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{name} ({build.load()})"
+
+
+def other_data():
+    """More than the last-level cache holds."""
+    size = int(CACHE.read_text().strip().removesuffix("K")) << 10 if CACHE.exists() else 32 << 20
+    return torch.zeros(int(1.3 * size) // 4)
+
+
 def timed(call):
     """(wall, processor) seconds of one call; the processor's are per thread."""
     wall, cpu = time.perf_counter(), time.process_time()
@@ -117,9 +134,9 @@ def best(pairs):
 
 def measure(cell, ggml):
     """The rows of one cell."""
-    model, name, batch, threads = cell
+    chip, model, name, batch, threads = cell
     shape = SHAPES[model][name]
-    speed, other = copy_speed(), torch.zeros(FLUSH)
+    speed, other = copy_speed(), other_data()
     calls = calls_of(shape, batch, ggml, threads)
     pairs = {key: [] for key in calls}
     with torch.inference_mode():
@@ -131,6 +148,7 @@ def measure(cell, ggml):
     seconds = {key: best(found[1:]) for key, found in pairs.items()}  # the first one may allocate
     plain = seconds["torch bfloat16", "plain"]
     where = {
+        "processor": chip,
         "model": model,
         "layer": name,
         "batch": batch,
@@ -146,14 +164,14 @@ def measure(cell, ggml):
             call.run.close()
 
 
-def cells(given):
-    """(model, layer, batch, threads), small ones first; large batches on one layer per model."""
+def cells(given, chip):
+    """(processor, model, layer, batch, threads), small ones first; large batches on one layer per model."""
     for threads in given.threads:
         for batch in given.batch:
             for model in given.models:
                 for name in SHAPES[model]:
                     if (name == "o" or batch < LONG) and name in (given.layers or SHAPES[model]):
-                        yield model, name, batch, threads
+                        yield chip, model, name, batch, threads
 
 
 def read(path):
@@ -161,7 +179,8 @@ def read(path):
     found = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         row = json.loads(line)
-        found.setdefault((row["model"], row["layer"], row["batch"], row["threads"]), []).append(row)
+        key = (row["processor"], row["model"], row["layer"], row["batch"], row["threads"])
+        found.setdefault(key, []).append(row)
     return found
 
 
@@ -176,6 +195,7 @@ def main():
         "--also", nargs="+", type=Path, default=[], help="site-packages with gptqmodel or llama_cpp"
     )
     parser.add_argument("--out", type=Path, default=HERE / "results/decode.jsonl")
+    parser.add_argument("--whole", action="store_true", help="time a whole model of random weights instead")
     parser.add_argument("--report", action="store_true", help="write decode.md and end")
     given = parser.parse_args()
     if given.report:
@@ -184,14 +204,21 @@ def main():
         (HERE / "decode.md").write_text(report(read(given.out)))
         return
     sys.path.extend(map(str, given.also))
+    if given.whole:
+        from decode_model import rows_of
+
+        for threads in given.threads:
+            with given.out.open("a") as out:
+                out.writelines(json.dumps(row) + "\n" for row in rows_of(processor(), threads))
+        return
     from ggml_layer import Ggml
 
     folders = [folder / "llama_cpp/lib" for folder in given.also if (folder / "llama_cpp/lib").is_dir()]
     ggml = Ggml(folders[0]) if folders else None
-    for cell in cells(given):
+    for cell in cells(given, processor()):
         if cell in read(given.out):
             continue
-        torch.set_num_threads(cell[3])
+        torch.set_num_threads(cell[-1])
         rows = list(measure(cell, ggml))
         with given.out.open("a") as out:
             out.writelines(json.dumps(row) + "\n" for row in rows)

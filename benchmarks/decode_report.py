@@ -8,7 +8,7 @@ Written by `decode.py --report` from `results/decode.jsonl`; the command that me
 Milliseconds of one call, in brackets the speed relative to torch's bfloat16 product in the same cell; "memory" is the
 bytes of the weight per second relative to a copy's. Inputs are bfloat16 but for "torch float32", "ark float32" and
 llama.cpp. Less is better; a busy machine was shared by all kernels of a cell alike, and cells are not compared with
-one another.
+one another. One section per processor.
 """
 
 
@@ -21,7 +21,7 @@ def table(title, found):
     """Kernels down, layers across. found: {column: rows}."""
     keys = list(dict.fromkeys((row["kernel"], row["setting"]) for rows in found.values() for row in rows))
     lines = [
-        f"## {title}",
+        f"### {title}",
         "",
         "| kernel | setting | " + " | ".join(found) + " |",
         "|---" * (2 + len(found)) + "|",
@@ -54,14 +54,14 @@ def tokens(cells, threads, batch):
                 lines.append(f"| {model} | {kernel} | {setting} | {speed:.1f} |")
     if not lines:
         return []
-    head = [f"## Tokens per second, layers of whole models, batch {batch}, {threads} threads", "",
+    head = [f"### Tokens per second, layers of whole models, batch {batch}, {threads} threads", "",
             "| model | kernel | setting | tokens/s |", "|---|---|---|---|"]  # fmt: skip
     return [*head, *lines, ""]
 
 
 def goals(cells):
     """Of each goal, the worst cell."""
-    lines = ["## Goals", "", "| goal | cells | worst | holds |", "|---|---|---|---|"]
+    lines = ["### Goals", "", "| goal | cells | worst | holds |", "|---|---|---|---|"]
     wanted = (
         ("W4 decode at least 2.5 x torch bfloat16", 1, ("torch bfloat16", "plain"), ("cpu", "W4G128"), 2.5),
         ("W4 decode at least 1.0 x ark", 1, ("ark", "W4G128"), ("cpu", "W4G128"), 1.0),
@@ -88,13 +88,38 @@ def goals(cells):
     return [*lines, ""]
 
 
-def report(cells):
-    """The page. cells: {(model, layer, batch, threads): rows}."""
-    lines = [HEAD, *goals(cells)]
-    groups = sorted({(threads, batch) for _, _, batch, threads in cells})
+def whole(cells):
+    """Whole models, prompt and answer."""
+    rows = [row for cell, found in cells.items() if cell[1] == "whole" for row in found]
+    if not rows:
+        return []
+    lines = ["### A whole model of random weights, shaped like Llama 3.2 1B", "",
+             "The head stays bfloat16, as it does by default: a fifth of the parameters, half of the bytes per token.",
+             "Tokens per second after a prompt of 8 tokens, and milliseconds for a prompt of 512; batch 1.", "",
+             "| threads | kernel | setting | tokens/s | ms for 512 tokens |", "|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        f"| {r['threads']} | {r['kernel']} | {r['setting']} | {r['tokens_s']:.1f} | {r['prompt_ms']:.0f} |"
+        for r in rows
+    ]
+    return [*lines, ""]
+
+
+def section(chip, cells):
+    """What was measured on one processor. cells: {(model, layer, batch, threads): rows}."""
+    layers = {cell: rows for cell, rows in cells.items() if cell[1] != "whole"}
+    lines = [f"## {chip}", "", *goals(layers), *whole(cells)]
+    groups = sorted({(threads, batch) for _, _, batch, threads in layers})
     for threads, batch in groups:
-        lines += tokens(cells, threads, batch)
+        lines += tokens(layers, threads, batch)
     for threads, batch in groups:
-        found = {f"{m} {n}": rows for (m, n, b, t), rows in cells.items() if (t, b) == (threads, batch)}
+        found = {f"{m} {n}": rows for (m, n, b, t), rows in layers.items() if (t, b) == (threads, batch)}
         lines += table(f"Batch {batch}, {threads} {'thread' if threads == 1 else 'threads'}", found)
+    return lines
+
+
+def report(cells):
+    """The page. cells: {(processor, model, layer, batch, threads): rows}."""
+    lines = [HEAD]
+    for chip in reversed(list(dict.fromkeys(cell[0] for cell in cells))):  # the newest first
+        lines += section(chip, {cell[1:]: rows for cell, rows in cells.items() if cell[0] == chip})
     return "\n".join(lines)

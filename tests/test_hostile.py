@@ -21,6 +21,8 @@ from auto_round.core.errors import (
     PlanError,
     SchemeError,
 )
+from auto_round.core.patterns import compiled
+from auto_round.formats.reading import described
 from auto_round.models.shards import ShardWriter
 
 RTN = {"iters": 0, "disable_opt_rtn": True, "group_size": 32}
@@ -549,6 +551,56 @@ def test_scales_that_are_not_finite_name_the_layer_at_load(checkpoint, bad):
 def test_a_config_that_cannot_be_read_is_an_error_that_quotes_it(checkpoint, change, error, words):
     edit(checkpoint / "config.json", lambda config: config["quantization_config"].update(change))
     refused(error, words, lambda: loaded(checkpoint, backend=None))
+
+
+RUNAWAY = [
+    "(a+)+$", "(a|a)*b", "(a|ab)*$", "(a?){40}a{40}", "a?" * 40 + "a" * 40, ".*.*.*.*.*x", r"(\w+\s?)*$", "(?=(a+)+$)x",
+    "(a{1,30}){1,30}$", "((((a+)+)+)+)+", "(" * 900 + ")" * 900, "a" * 5000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", RUNAWAY, ids=lambda pattern: pattern[:20])
+def test_an_expression_that_could_run_forever_is_refused(pattern):
+    refused(
+        FormatError,
+        ["extra_config key", "take forever", "name the layers"],
+        lambda: compiled(pattern, "extra_config key"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        (
+            {"quant_method": "auto-round", "bits": 4, "extra_config": {"(a+)+$": {"bits": 8}}},
+            "extra_config key",
+        ),
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": {"-:(a+)+$": {}}},
+            "rule of dynamic",
+        ),
+        ({"quant_method": "compressed-tensors", "ignore": ["re:(a+)+$"]}, "targets or ignore"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["quant_method"],
+)
+def test_no_reader_of_settings_runs_such_an_expression(checkpoint, settings, where):
+    refused(
+        FormatError,
+        [where, "(a+)+$"],
+        lambda: described({"quantization_config": settings}, ["a" * 60 + "!"], ["a" * 60 + "!"]),
+    )
+    if settings["quant_method"] == "auto-round":
+        edit(checkpoint / "config.json", lambda config: config["quantization_config"].update(settings))
+        refused(FormatError, [where, "(a+)+$"], lambda: loaded(checkpoint, backend=None))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r".*\.(?:0|1[0-3])\..*", "(q|k|v)_proj", "^(?!.*lm_head).*", r".*layers\..*\.mlp\..*_proj.*",
+     r"(?:layers|blocks)\.\d+", r"model\.layers\.\d+\.mlp\.experts\.\d+\.(gate|up|down)_proj"],
+)  # fmt: skip
+def test_expressions_that_programs_write_are_allowed(pattern):
+    assert compiled(pattern, "key").pattern == pattern
 
 
 @pytest.mark.parametrize(

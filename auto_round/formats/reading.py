@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from auto_round.core.errors import FormatError
+from auto_round.core.patterns import compiled
 from auto_round.core.scheme import ACT_NAMES, FLOAT, FLOAT_BITS, WEIGHT_NAMES, Group, Scheme, TensorSpec
 from auto_round.core.spelling import scale_dtype_of
 from auto_round.formats.base import Format, format_named, formats
@@ -85,11 +86,10 @@ def _auto_round(settings: Mapping[str, Any], layers: Collection[str], inside: Co
         if part.strip()
     )
     named = [("block_name_to_quantize", prefix[:-1]) for prefix in prefixes]
+    patterns = [(compiled(key, "extra_config key"), value) for key, value in extra.items() if is_pattern(key)]
     schemes = {}
     for name in layers:
-        own = extra.get(name) or next(
-            (v for k, v in extra.items() if is_pattern(k) and re.search(k, name)), None
-        )
+        own = extra.get(name) or next((value for key, value in patterns if key.search(name)), None)
         covered = name.startswith(prefixes) if prefixes else name in inside
         schemes[name] = Scheme.from_flat(flat_settings(own or {}), base) if covered or own else FLOAT
     named += [("extra_config", key) for key in extra if not is_pattern(key)]
@@ -113,7 +113,7 @@ def _gptq(settings: Mapping[str, Any], layers: Collection[str], inside: Collecti
         chosen = name in inside and (not endings or name.endswith(tuple(f".{e}" for e in endings)))
         scheme = base if chosen or (name not in inside and settings.get("lm_head")) else FLOAT
         for rule, changes in (settings.get("dynamic") or {}).items():
-            if scheme.weight is not None and re.match(rule[2:], name):
+            if scheme.weight is not None and compiled(rule[2:], "rule of dynamic").match(name):
                 scheme = FLOAT if rule.startswith("-:") else Scheme.from_flat(changes, scheme)
         schemes[name] = scheme
     # GPTQ's first convention stores zero points less one; the second, which has a name of its own, as they are.
@@ -227,4 +227,6 @@ def is_pattern(key: str) -> bool:
 
 def _hits(entry: str, name: str) -> bool:
     """Whether a `targets` or `ignore` entry of compressed-tensors means the Linear module `name`."""
-    return bool(re.match(entry[3:], name)) if entry.startswith("re:") else entry in ("Linear", name)
+    if entry.startswith("re:"):
+        return compiled(entry[3:], "targets or ignore").match(name) is not None
+    return entry in ("Linear", name)

@@ -17,6 +17,7 @@ from torch import nn
 
 from auto_round.backends.base import Choice, Kernel, Site, backends, choose
 from auto_round.core.errors import FormatError, SchemeError
+from auto_round.core.patterns import compiled
 from auto_round.core.scheme import FLOAT_BITS, Scheme, TensorSpec
 from auto_round.core.settings import settings
 from auto_round.formats.base import Format, format_named
@@ -207,7 +208,7 @@ def _matrices(model: nn.Module) -> list[str]:
     return plain + [layer for experts in find_experts(model) for layer, _ in experts.pieces()]
 
 
-def _extra_config(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+def _extra_config(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[re.Pattern[str], Any]]:
     """(all settings by layer, those whose key is an expression). Raises FormatError for what cannot be read."""
     extra = config.get("extra_config") or {}
     if not isinstance(extra, Mapping):
@@ -215,23 +216,18 @@ def _extra_config(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[st
     for key, value in extra.items():
         if not isinstance(value, Mapping):
             raise FormatError(f"extra_config {key!r}: expected settings such as {{'bits': 8}}, got {value!r}")
-    patterns = {key: value for key, value in extra.items() if is_pattern(key)}
-    for key in patterns:
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise FormatError(f"extra_config key {key!r} is no valid regular expression: {error}") from error
+    patterns = {compiled(key, "extra_config key"): value for key, value in extra.items() if is_pattern(key)}
     return extra, patterns
 
 
 def _layer_settings(
-    name: str, extra: Mapping[str, Any], patterns: Mapping[str, Any]
+    name: str, extra: Mapping[str, Any], patterns: Mapping[re.Pattern[str], Any]
 ) -> Mapping[str, Any] | None:
     if name in extra:
         return dict(extra[name])
     return next(
         # The last pattern counts, as when the checkpoint was made.
-        (dict(value) for key, value in reversed(list(patterns.items())) if re.search(key, name)),
+        (dict(value) for key, value in reversed(list(patterns.items())) if key.search(name)),
         None,
     )
 
@@ -263,6 +259,6 @@ def _dynamic(name: str, scheme: Scheme, rules: Mapping[str, Any]) -> Scheme:
     """GPTQModel's rules: "-:regex" leaves a layer alone, "+:regex" overrides its settings; the first match counts."""
     for rule, override in rules.items():
         sign, _, pattern = rule.partition(":") if rule[:2] in ("+:", "-:") else ("+", ":", rule)
-        if re.match(pattern, name):
+        if compiled(pattern, "rule of dynamic").match(name):
             return Scheme(weight=None) if sign == "-" else Scheme.from_flat(flat_settings(override), scheme)
     return scheme

@@ -212,15 +212,15 @@ def test_the_cpu_kernels_give_the_same_bits_with_any_number_of_threads():
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("rows", [8, 16])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_bytes_of_a_tile_are_what_the_kernel_file_says(bits, rows):
-    from auto_round.backends.cpu.layout import tile_codes, untile_codes
+def check_tiles(kernels, bits):
+    """That `kernels` lay codes as layout.py says, and that it undoes that."""
+    from auto_round.backends.cpu.layout import untile_codes
 
+    rows = kernels.rows()
     codes = torch.randint(
         0, 1 << bits, (17, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
-    tiled = tile_codes(codes, bits, rows)
+    tiled = kernels.tile(codes, bits)
     assert tiled.shape == (-(-17 // rows), 2, 4 * rows * bits) and torch.equal(
         untile_codes(tiled, bits, (17, 40)), codes
     )
@@ -236,6 +236,12 @@ def test_the_bytes_of_a_tile_are_what_the_kernel_file_says(bits, rows):
         if bits == 3:
             found |= (unit[8 * rows + at] >> q & 1) << 2
         assert found == codes[row, column]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_bytes_of_a_tile_are_what_the_layout_file_says(bits):
+    usable("cpu", site_of(TensorSpec(bits=bits), (64, 128)))
+    check_tiles(torch.ops.auto_round_cpu, bits)
 
 
 def test_without_a_compiler_the_next_best_runs_and_the_remedy_is_told(monkeypatch):

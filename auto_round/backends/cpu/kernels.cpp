@@ -403,6 +403,59 @@ at::Tensor weight(const at::Tensor& codes, const at::Tensor& scales, const std::
   return out.narrow(0, 0, rows).narrow(1, 0, columns);
 }
 
+// The vectors of a unit, a code to a byte, as layout.py says they are stored.
+template <int BITS>
+void pack(const uint8_t* v, uint8_t* out) {
+  if constexpr (BITS == 8) {
+    std::memcpy(out, v, QUADS * VECTOR);
+  } else if constexpr (BITS == 4) {
+    for (int j = 0; j < 4; ++j)
+      for (int i = 0; i < VECTOR; ++i) out[j * VECTOR + i] = v[2 * j * VECTOR + i] | v[(2 * j + 1) * VECTOR + i] << 4;
+  } else {
+    for (int j = 0; j < 2; ++j)
+      for (int i = 0; i < VECTOR; ++i) {
+        uint8_t byte = 0;
+        UNROLL for (int k = 0; k < 4; ++k) byte |= (v[(4 * j + k) * VECTOR + i] & 3) << 2 * k;
+        out[j * VECTOR + i] = byte;
+      }
+    if constexpr (BITS == 3)
+      for (int i = 0; i < VECTOR; ++i) {
+        uint8_t byte = 0;
+        UNROLL for (int q = 0; q < QUADS; ++q) byte |= (v[q * VECTOR + i] >> 2) << q;
+        out[2 * VECTOR + i] = byte;
+      }
+  }
+}
+
+// (O, I) codes, one to a byte, to (tiles, units, bytes) in the order that the kernels read; what is missing becomes 0.
+at::Tensor tile(const at::Tensor& codes, int64_t bits) {
+  TORCH_CHECK(codes.dim() == 2 && codes.scalar_type() == at::kByte && codes.is_contiguous(), "codes must be (O, I) uint8");
+  TORCH_CHECK(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits must be 2, 3, 4 or 8, got ", bits);
+  const int64_t rows = codes.size(0), columns = codes.size(1);
+  const int64_t tiles = (rows + ROWS - 1) / ROWS, units = (columns + UNIT - 1) / UNIT;
+  const at::Tensor out = at::empty({tiles, units, VECTOR * bits}, codes.options());
+  const uint8_t* from = codes.const_data_ptr<uint8_t>();
+  uint8_t* to = out.mutable_data_ptr<uint8_t>();
+  at::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t)
+      for (int64_t u = 0; u < units; ++u) {
+        alignas(64) uint8_t v[QUADS * VECTOR] = {};
+        const int64_t count = std::min<int64_t>(UNIT, columns - u * UNIT);
+        for (int64_t r = 0; r < std::min<int64_t>(ROWS, rows - t * ROWS); ++r) {
+          uint8_t line[UNIT] = {};
+          std::memcpy(line, from + (t * ROWS + r) * columns + u * UNIT, count);
+          UNROLL for (int q = 0; q < QUADS; ++q) std::memcpy(v + q * VECTOR + 4 * r, line + 4 * q, 4);
+        }
+        uint8_t* unit = to + (t * units + u) * VECTOR * bits;
+        if (bits == 2) pack<2>(v, unit);
+        else if (bits == 3) pack<3>(v, unit);
+        else if (bits == 4) pack<4>(v, unit);
+        else pack<8>(v, unit);
+      }
+  });
+  return out;
+}
+
 std::string instructions() {
 #if defined(HAS_AMX)
   if (may_use_amx()) return "AMX and AVX-512 VNNI";
@@ -425,6 +478,8 @@ TORCH_LIBRARY(AUTO_ROUND_LIBRARY, m) {
   m.impl("linear", c10::DispatchKey::CPU, &linear);
   m.def("weight(Tensor codes, Tensor scales, Tensor? zeros, int bits, int group, int rows, int columns) -> Tensor");
   m.impl("weight", c10::DispatchKey::CPU, &weight);
+  m.def("tile(Tensor codes, int bits) -> Tensor");
+  m.impl("tile", c10::DispatchKey::CPU, &tile);
   m.def("instructions() -> str", &instructions);
   m.def("rows() -> int", []() -> int64_t { return ROWS; });
 }

@@ -3,7 +3,7 @@
 R, the rows of a tile, is what the kernels' instructions take: 16 with AVX-512, else 8. A unit is eight vectors of 4 R
 bytes; vector q holds columns 4q .. 4q+3 of row 0, then of row 1, and so on. In memory:
 8 bits: the vectors. 4 bits: byte j is v[2j] | v[2j+1] << 4. 2 bits: v[4j] | v[4j+1] << 2 | ... 3 bits: the low two bits
-as for 2 bits, then one vector whose bit q is the high bit of v[q].
+as for 2 bits, then one vector whose bit q is the high bit of v[q]. kernels.cpp writes this order; here it is undone.
 """
 
 from __future__ import annotations
@@ -14,17 +14,8 @@ from torch import Tensor
 UNIT, VECTORS = 32, 8
 
 
-def tile_codes(codes: Tensor, bits: int, rows: int) -> Tensor:
-    """(O, I) uint8 codes to (ceil(O / R), ceil(I / 32), 4 R * bits) uint8, R = `rows`; what is missing becomes 0."""
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % UNIT, 0, -codes.shape[0] % rows))
-    tiles, units = padded.shape[0] // rows, padded.shape[1] // UNIT
-    # (tile, unit, vector, row, 4 columns): a vector has the same four columns of all rows.
-    by_vector = padded.reshape(tiles, rows, units, VECTORS, 4).permute(0, 2, 3, 1, 4)
-    return _join(by_vector.reshape(tiles, units, VECTORS, 4 * rows), bits).flatten(2).contiguous()
-
-
 def untile_codes(tiled: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
-    """The inverse of `tile_codes`: (O, I) uint8."""
+    """(O, I) uint8 from (ceil(O / R), ceil(I / 32), 4 R * bits) uint8."""
     tiles, units = tiled.shape[:2]
     rows = tiled.shape[2] // (4 * bits)
     vectors = _part(tiled.reshape(tiles, units, -1, 4 * rows), bits).reshape(tiles, units, VECTORS, rows, 4)
@@ -43,26 +34,8 @@ def untile_groups(tiled: Tensor, rows: int) -> Tensor:
     return tiled.transpose(1, 2).reshape(-1, tiled.shape[1])[:rows].contiguous()
 
 
-def _join(v: Tensor, bits: int) -> Tensor:
-    """(..., 8, 4 R) codes to (..., bits, 4 R) bytes."""
-    if bits == 8:
-        return v
-    if bits == 4:
-        return v[..., 0::2, :] | v[..., 1::2, :] << 4
-    # Three bits as two and one: fields of three would run over the ends of bytes.
-    low = v & 3
-    two = low[..., 0::4, :] | low[..., 1::4, :] << 2 | low[..., 2::4, :] << 4 | low[..., 3::4, :] << 6
-    if bits == 2:
-        return two
-    high = v >> 2
-    one = high[..., 0, :]
-    for q in range(1, VECTORS):
-        one = one | high[..., q, :] << q
-    return torch.cat([two, one.unsqueeze(-2)], dim=-2)
-
-
 def _part(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `_join`: (..., bits, 4 R) bytes to (..., 8, 4 R) codes."""
+    """(..., bits, 4 R) bytes to (..., 8, 4 R) codes."""
     if bits == 8:
         return packed
     if bits == 4:

@@ -32,8 +32,9 @@ class CpuLinear(Kernel):
     def settle(self, q: Quantized) -> None:
         """Repack `q` into tiles."""
         count, rows = groups_per_row(q.shape, q.spec.group), torch.ops.auto_round_cpu.rows()
+        codes = merge(q.codes, q.shape, q.spec.group)
         tensors = {
-            "codes": layout.tile_codes(merge(q.codes, q.shape, q.spec.group), q.spec.bits, rows),
+            "codes": torch.ops.auto_round_cpu.tile(codes.contiguous(), q.spec.bits),
             "scales": layout.tile_groups(q.params["scale"].reshape(-1, count), rows),
         }
         if "zero" in q.params:

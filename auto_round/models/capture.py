@@ -288,7 +288,7 @@ class Calls:
     def __init__(self, one: Call, other: Call, both: Call, samples: Sequence[Call] | None) -> None:
         """Learn from passes over sample 0, sample 1, and both at once; `samples` holds every sample's own call."""
         self._one = one
-        self._boards = {k for k, v in one.kwargs.items() if isinstance(v, MutableMapping) and not len(v)}
+        self.boards = {k for k, v in one.kwargs.items() if isinstance(v, MutableMapping) and not len(v)}
         self._shared = leaves((one.args, one.kwargs))
         second, joint = leaves((other.args, other.kwargs)), leaves((both.args, both.kwargs))
         shapes = [(a.shape, c.shape) for a, c in zip(self._shared, joint, strict=True)]
@@ -326,7 +326,7 @@ class Calls:
         )
         # Empty when it was captured, as no block had run: what was written on it since would be other samples'.
         for key, value in self._one.kwargs.items():
-            if isinstance(value, MutableMapping) and key in self._boards:
+            if isinstance(value, MutableMapping) and key in self.boards:
                 board = type(value)() if board is None else board
                 kwargs[key] = board
         return Call(args, kwargs, self._one.by_keyword, self._one.axes, board)

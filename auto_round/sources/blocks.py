@@ -94,8 +94,21 @@ class LiveSource(Source):
         if layer is not None:
             return lambda: self._outside(layer, recorder, chain)
         members = next(each for each in windows(blocks, self.execution.nblocks) if name in each)
-        own = calls[blocks.index(members[0]) :][: len(members)] if calls else []
+        at = blocks.index(members[0])
+        if chain is not None and any(call.boards for call in calls[:at]):
+            self._run_before(blocks[:at], chain, calls)
+        own = calls[at:][: len(members)] if calls else []
         return lambda: self._block(members, chain, own, True)
+
+    def _run_before(self, blocks: Sequence[str], chain: Chain, calls: Sequence[Calls]) -> None:
+        """Run `blocks` as they are, for what they leave for later ones."""
+        for name, call in zip(blocks, calls, strict=False):
+            block = self._block((name,), chain, [call], False)
+            block.advance({}, quantized=False)
+            block.release()
+            if self._home.keeps:
+                block.settle({})
+            self._home.drop(name)
 
     def _outside(self, layer: Layer, recorder: Recorder | None, chain: Chain | None) -> OutsideBlock:
         reader, inputs = self._reader(layer), None
@@ -193,7 +206,7 @@ class LiveSource(Source):
 
     def _capture(self, recorder: Recorder, blocks: Sequence[str]) -> tuple[Chain, list[Calls]]:
         assert self.data is not None, "capture needs data"
-        self._home.fill_outside(self.anatomy.head)
+        self._fill_around(blocks)
         self._home.fill(blocks[0])  # one sample goes through it, to see what blocks return
         tokens, mask = self.data.tokens, self.data.attention_mask
         # transformers passes no mask for a sample without padding. Next to a padded one, every sample gets one.
@@ -222,6 +235,13 @@ class LiveSource(Source):
         # Where nothing is tuned on quantized inputs both chains are the same, and memory holds one.
         return Chain(plain, plain if same else plain.copy()), calls
 
+    def _fill_around(self, blocks: Sequence[str]) -> None:
+        """Read what runs apart from `blocks` and the head: also the blocks of other lists, as BLT has them."""
+        self._home.fill_outside(self.anatomy.head)
+        for name in self.anatomy.in_order():
+            if name not in blocks:
+                self._home.fill(name)
+
     def _record(self, recorder: Recorder, rows: list[int]) -> Pass:
         assert self.data is not None, "recording needs data"
         mask = self.data.attention_mask
@@ -240,7 +260,7 @@ class LiveSource(Source):
                 found[[row]] = input_after_blocks(recorder, module, data.tokens[[row]], mask, states).float()
             return found
 
-        self._home.fill_outside(self.anatomy.head)
+        self._fill_around(self.anatomy.block_lists[-1])
         plain = through(chain.plain)
         found = Chain(plain, plain if chain.quantized is chain.plain else through(chain.quantized))
         self._home.drop()

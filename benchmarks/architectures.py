@@ -2,9 +2,9 @@
 
     python benchmarks/architectures.py [--types llama,gpt2] [--seconds 120]
 
-Each model is quantized twice, tuned (two steps on eight samples) and streamed (plain rounding, the model never loaded), in the
-formats `auto_round` and `fake`, and the logits of the two folders are compared in float32. Every type runs in a process of its
-own and gives one row of `results/architectures.jsonl`; the same command goes on where it was interrupted.
+Each model is quantized twice, tuned (two steps on eight samples) and streamed (plain rounding, the model never loaded),
+in the formats `auto_round` and `fake`, and the logits of the two folders are compared in float32. Every type runs in a
+process of its own and gives a row of `results/architectures.jsonl`; the same command goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -36,32 +36,60 @@ RUNS = {
     "tuned": {"iters": 2, "nsamples": 8, "seqlen": LENGTH},
     "streamed": {"iters": 0, "disable_opt_rtn": True},
 }
-SIZES: tuple[tuple[Any, str], ...] = (
-    (512, "vocab_size decoder_vocab_size encoder_vocab_size vocab_size_per_layer_input"),
-    (64, "hidden_size d_model n_embd embed_dim dim n_embed emb_dim embedding_size d_embed word_embed_proj_dim dim_model lru_width"),
-    (64, "attention_hidden_size input_embedding_size shared_expert_intermediate_size moe_shared_expert_intermediate_size"),
-    (2, "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers num_encoder_layers num_blocks"),
-    (4, "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads num_decoder_attention_heads"),
-    (4, "num_encoder_attention_heads swa_num_attention_heads linear_num_value_heads linear_num_heads kda_num_heads"),
-    (4, "mamba_n_heads mamba_num_heads n_mamba_heads n_routed_experts num_experts num_local_experts moe_num_experts n_experts"),
-    (2, "num_key_value_heads n_head_kv num_kv_heads kv_n_heads attention_num_kv_heads num_attention_groups num_query_groups"),
-    (2, "swa_num_key_value_heads num_global_key_value_heads linear_num_key_heads index_n_heads indexer_num_heads index_num_heads"),
-    (2, "num_experts_per_tok top_k moe_top_k moe_k num_experts_per_token moe_topk topk num_selected_experts top_k_experts"),
-    (1, "n_shared_experts num_shared_experts moe_num_shared_experts topk_group first_k_dense_replace n_group mamba_n_groups"),
-    (16, "head_dim attention_head_dim kv_channels dim_head d_kv swa_head_dim global_head_dim attention_k_dim qk_rope_head_dim"),
-    (16, "qk_nope_head_dim v_head_dim swa_v_head_dim linear_key_head_dim linear_value_head_dim linear_k_head_dim linear_v_head_dim"),
-    (16, "linear_head_dim kda_head_dim index_head_dim indexer_head_dim mamba_d_state mamba_chunk_size ssm_state_size state_size"),
-    (16, "chunk_size mamba_state_size"),
-    (32, "moe_intermediate_size expert_ffn_hidden_size expert_intermediate_size routed_expert_intermediate_size q_lora_rank"),
-    (32, "kv_lora_rank o_lora_rank index_q_lora_rank mamba_d_head mamba_head_dim time_step_rank mamba_dt_rank projection_dim"),
-    (32, "hidden_size_per_layer_input cross_attention_hidden_size"),
-    (96, "intermediate_size ffn_dim d_ff n_inner ff_dim decoder_ffn_dim encoder_ffn_dim dff dim_ff ffn_hidden_size block_ff_dim"),
-    (96, "intermediate_size_mlp dense_intermediate_size shared_intermediate_size feed_forward_size"),
-    (128, "max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions max_seq_length mamba_d_ssm"),
-    (8, "index_topk indexer_topk sliding_window attention_window_size window_size sliding_window_size local_attention"),
-    (0, "pad_token_id"), (1, "bos_token_id decoder_start_token_id"), (2, "eos_token_id"), (False, "use_cache"),
-)  # fmt: skip
-"""What configurations call a size -> the size."""
+SIZES: dict[int, str] = {
+    512: "vocab_size decoder_vocab_size encoder_vocab_size vocab_size_per_layer_input",
+    64: (
+        "hidden_size d_model n_embd embed_dim dim n_embed emb_dim embedding_size d_embed "
+        "word_embed_proj_dim dim_model lru_width attention_hidden_size input_embedding_size "
+        "shared_expert_intermediate_size moe_shared_expert_intermediate_size"
+    ),
+    2: (
+        "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers "
+        "num_encoder_layers num_blocks num_key_value_heads n_head_kv num_kv_heads kv_n_heads "
+        "attention_num_kv_heads num_attention_groups num_query_groups swa_num_key_value_heads "
+        "num_global_key_value_heads linear_num_key_heads index_n_heads indexer_num_heads index_num_heads "
+        "num_experts_per_tok top_k moe_top_k moe_k num_experts_per_token moe_topk topk "
+        "num_selected_experts top_k_experts eos_token_id"
+    ),
+    4: (
+        "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads "
+        "num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads "
+        "linear_num_value_heads linear_num_heads kda_num_heads mamba_n_heads mamba_num_heads "
+        "n_mamba_heads n_routed_experts num_experts num_local_experts moe_num_experts n_experts"
+    ),
+    1: (
+        "n_shared_experts num_shared_experts moe_num_shared_experts topk_group first_k_dense_replace "
+        "n_group mamba_n_groups bos_token_id decoder_start_token_id"
+    ),
+    16: (
+        "head_dim attention_head_dim kv_channels dim_head d_kv swa_head_dim global_head_dim "
+        "attention_k_dim qk_rope_head_dim qk_nope_head_dim v_head_dim swa_v_head_dim linear_key_head_dim "
+        "linear_value_head_dim linear_k_head_dim linear_v_head_dim linear_head_dim kda_head_dim "
+        "index_head_dim indexer_head_dim mamba_d_state mamba_chunk_size ssm_state_size state_size "
+        "chunk_size mamba_state_size"
+    ),
+    32: (
+        "moe_intermediate_size expert_ffn_hidden_size expert_intermediate_size "
+        "routed_expert_intermediate_size q_lora_rank kv_lora_rank o_lora_rank index_q_lora_rank "
+        "mamba_d_head mamba_head_dim time_step_rank mamba_dt_rank projection_dim "
+        "hidden_size_per_layer_input cross_attention_hidden_size"
+    ),
+    96: (
+        "intermediate_size ffn_dim d_ff n_inner ff_dim decoder_ffn_dim encoder_ffn_dim dff dim_ff "
+        "ffn_hidden_size block_ff_dim intermediate_size_mlp dense_intermediate_size "
+        "shared_intermediate_size feed_forward_size"
+    ),
+    128: (
+        "max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions "
+        "max_seq_length mamba_d_ssm"
+    ),
+    8: (
+        "index_topk indexer_topk sliding_window attention_window_size window_size sliding_window_size "
+        "local_attention"
+    ),
+    0: "pad_token_id",
+}
+"""Size -> what configurations call it."""
 KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "block_types", "hybrid_override_pattern")
 """Lists with a kind for every layer: each kind is tried once."""
 
@@ -128,7 +156,10 @@ def settings_of(kind: type) -> dict[str, Any]:
         default = {}
     aliases = getattr(kind, "attribute_map", {})
     found = {
-        name: size for size, names in SIZES for name in names.split() if name in known | {*default, *aliases}
+        name: size
+        for size, names in SIZES.items()
+        for name in names.split()
+        if name in known | {*default, *aliases}
     }
     found = {name: size for name, size in found.items() if aliases.get(name) not in found}
     if "kv_lora_rank" in found and "num_key_value_heads" in found:
@@ -256,7 +287,7 @@ def _child(name: str, folder: Path, row: dict[str, Any]) -> None:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """equal, streamed only, different, failed; or not tried, where transformers does not get as far as a loaded original."""
+    """equal, streamed only, different, failed; or not tried, where transformers itself does not load the original."""
     if "error" in row:
         if row["at"] in ("building", "loading the original"):
             return "not tried"

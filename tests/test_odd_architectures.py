@@ -232,3 +232,14 @@ def test_nothing_is_said_about_layers_and_routers_that_checkpoints_call_otherwis
     ]
     findings = verify(tmp_path / "out")
     assert not [finding for finding in findings if finding.rule in ("missing", "router")]
+
+
+def test_a_rehearsal_has_what_earlier_blocks_leave():
+    model = odd("four streams, keys that later blocks use again")
+    body = anatomy(model)
+    source = LiveSource(
+        model, body, Execution(device=torch.device("cpu"), batch_size=2), Calibration(tokens(2, 16))
+    )
+    block = source.sample(body.in_order()[-1], Needs.FORWARD)()  # it has no keys of its own
+    with torch.no_grad():
+        assert torch.equal(block.run([0, 1]), block.target([0, 1]))

@@ -95,7 +95,7 @@ class LiveSource(Source):
             return lambda: self._outside(layer, recorder, chain)
         members = next(each for each in windows(blocks, self.execution.nblocks) if name in each)
         at = blocks.index(members[0])
-        if chain is not None and any(call.boards for call in calls[:at]):
+        if chain is not None and calls and any(call.boards for call in calls[:at]):
             self._run_before(blocks[:at], chain, calls)
         own = calls[at:][: len(members)] if calls else []
         return lambda: self._block(members, chain, own, True)
@@ -104,7 +104,7 @@ class LiveSource(Source):
         """Run `blocks` as they are, for what they leave for later ones."""
         for name, call in zip(blocks, calls, strict=False):
             block = self._block((name,), chain, [call], False)
-            block.advance({}, quantized=False)
+            block.advance({}, quantized=chain.quantized is not chain.plain)
             block.release()
             if self._home.keeps:
                 block.settle({})

@@ -243,3 +243,11 @@ def test_a_rehearsal_has_what_earlier_blocks_leave():
     block = source.sample(body.in_order()[-1], Needs.FORWARD)()  # it has no keys of its own
     with torch.no_grad():
         assert torch.equal(block.run([0, 1]), block.target([0, 1]))
+
+
+@pytest.mark.parametrize(("fmt", "told"), [("llm_compressor", True), ("auto_round", False)])
+def test_who_exports_transposed_layers_for_a_reader_of_linear_ones_alone_is_told(fmt, told, tmp_path):
+    odd("blocks that return lists, transposed weights", tmp_path / "m")
+    made = AutoRound(tmp_path / "m", **SMALL, **RUNS["streamed"])
+    made.quantize_and_save(tmp_path / "out", format=fmt)
+    assert any("Conv1D layers of openai-gpt" in note for note in made.plan.notes) is told

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from auto_round.core.rounding import STORAGE
 from auto_round.core.scheme import Scheme, TensorSpec
 from auto_round.formats.base import Format, Provenance, indivisible, leave_ragged, ragged
 from auto_round.models.checkpoint import natural
+from auto_round.models.quirks import TRANSPOSED_ENDINGS
 
 PACKED, PLAIN, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 FLOATS = {
@@ -105,6 +107,15 @@ class LLMCompressor(Format):
     def check(self, plan: Plan) -> Plan:
         """As for every format; rows that are no whole number of groups stay in floating point. Raises FormatError."""
         return super().check(leave_ragged(plan))
+
+    def adapt(self, plan: Plan, config: Mapping[str, Any]) -> Plan:
+        """As it is; with a remark about layers that are no `Linear`, which transformers then leaves unread."""
+        if str(config.get("model_type")) not in TRANSPOSED_ENDINGS:
+            return plan
+        return plan.noted(
+            "llm_compressor: transformers (5.23) with compressed-tensors does not read the Conv1D layers of "
+            f"{config['model_type']} and goes on with random weights; format auto_round or auto_gptq has no such gap"
+        )
 
     def remarks(self, plan: Plan) -> Iterator[str]:
         """What compressed-tensors holds and some reader does not take."""

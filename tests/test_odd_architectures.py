@@ -27,6 +27,7 @@ from auto_round.sources.base import Needs
 from auto_round.sources.blocks import LiveSource
 from auto_round.sources.dataset import Calibration
 from auto_round.sources.live_block import Execution
+from auto_round.sources.rows import Notices
 
 SMALL = {"group_size": 32, "seqlen": 16, "batch_size": 2, "amp": False}
 RUNS = {"tuned": {"iters": 1, "nsamples": 4}, "streamed": {"iters": 0, "disable_opt_rtn": True}}
@@ -240,9 +241,13 @@ def test_a_rehearsal_has_what_earlier_blocks_leave():
     source = LiveSource(
         model, body, Execution(device=torch.device("cpu"), batch_size=2), Calibration(tokens(2, 16))
     )
-    block = source.sample(body.in_order()[-1], Needs.FORWARD)()  # it has no keys of its own
-    with torch.no_grad():
-        assert torch.equal(block.run([0, 1]), block.target([0, 1]))
+    for name in body.in_order():  # the second leaves keys, the last has none of its own
+        block = source.sample(name, Needs.FORWARD)()
+        with torch.no_grad():
+            assert torch.equal(block.run([0, 1]), block.target([0, 1]))
+    assert (
+        source.call_bytes > 2 * 2 * 16 * 2 * 16 * 4
+    )  # keys and values, samples, tokens, heads, their width, bytes
 
 
 @pytest.mark.parametrize(("fmt", "told"), [("llm_compressor", True), ("auto_round", False)])
@@ -251,3 +256,12 @@ def test_who_exports_transposed_layers_for_a_reader_of_linear_ones_alone_is_told
     made = AutoRound(tmp_path / "m", **SMALL, **RUNS["streamed"])
     made.quantize_and_save(tmp_path / "out", format=fmt)
     assert any("Conv1D layers of openai-gpt" in note for note in made.plan.notes) is told
+
+
+def test_notices_give_every_sample_its_own_and_hold_no_whole_batches():
+    notices, batch = Notices(), torch.arange(24.0).reshape(4, 2, 3)
+    notices.post([5, 6, 7, 8], {"keys": (batch, batch + 1)})
+    assert notices.nbytes == 2 * batch.nbytes
+    keys, values = notices.show([8, 5], torch.device("cpu"))["keys"]
+    assert torch.equal(keys, batch[[3, 0]]) and torch.equal(values, batch[[3, 0]] + 1)
+    assert notices.show([5, 9], torch.device("cpu")) == {}

@@ -28,7 +28,7 @@ from auto_round.sources.dataset import Calibration
 from auto_round.sources.expert_inputs import tell_starved
 from auto_round.sources.live_block import Chain, Execution, LiveBlock
 from auto_round.sources.outside_block import OutsideBlock
-from auto_round.sources.rows import Rows
+from auto_round.sources.rows import Notices, Rows
 
 logger = logging.getLogger("auto_round")
 
@@ -95,20 +95,21 @@ class LiveSource(Source):
             return lambda: self._outside(layer, recorder, chain)
         members = next(each for each in windows(blocks, self.execution.nblocks) if name in each)
         at = blocks.index(members[0])
-        if chain is not None and calls and any(call.boards for call in calls[:at]):
-            self._run_before(blocks[:at], chain, calls)
+        if chain is not None and calls and any(call.boards for call in calls):
+            self._run_once(blocks, chain, calls)
         own = calls[at:][: len(members)] if calls else []
         return lambda: self._block(members, chain, own, True)
 
-    def _run_before(self, blocks: Sequence[str], chain: Chain, calls: Sequence[Calls]) -> None:
-        """Run `blocks` as they are, for what they leave for later ones."""
-        for name, call in zip(blocks, calls, strict=False):
+    def _run_once(self, blocks: Sequence[str], chain: Chain, calls: Sequence[Calls]) -> None:
+        """Run `blocks` as they are, for what they leave for one another; its size counts as that of arguments."""
+        for name, call in zip(blocks, calls, strict=True):
             block = self._block((name,), chain, [call], False)
             block.advance({}, quantized=chain.quantized is not chain.plain)
             block.release()
             if self._home.keeps:
                 block.settle({})
             self._home.drop(name)
+        self.call_bytes += chain.notices.nbytes + chain.quantized_notices.nbytes
 
     def _outside(self, layer: Layer, recorder: Recorder | None, chain: Chain | None) -> OutsideBlock:
         reader, inputs = self._reader(layer), None
@@ -233,7 +234,8 @@ class LiveSource(Source):
         self._home.drop()
         same = self._needs is not Needs.FORWARD or not self.execution.quantized_inputs
         # Where nothing is tuned on quantized inputs both chains are the same, and memory holds one.
-        return Chain(plain, plain if same else plain.copy()), calls
+        dtype = self.execution.amp or torch.float32
+        return Chain(plain, plain if same else plain.copy(), Notices(dtype), Notices(dtype)), calls
 
     def _fill_around(self, blocks: Sequence[str]) -> None:
         """Read what runs apart from `blocks` and the head: also the blocks of other lists, as BLT has them."""

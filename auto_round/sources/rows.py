@@ -109,20 +109,31 @@ class FileRows(Rows):
 class Notices:
     """What blocks leave for later blocks besides hidden states, for every sample: keys and values in Gemma 3n and 4."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        """dtype: that of the products in blocks, which need no more of it."""
+        self._dtype = dtype
         self._left: dict[Any, dict[int, tuple[Tensor, ...]]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is kept."""
+        return sum(t.nbytes for own in self._left.values() for tensors in own.values() for t in tensors)
 
     def post(self, rows: Sequence[int], found: Mapping[Any, tuple[Tensor, ...]]) -> None:
         """Keep what the samples `rows` left; tensors have the samples first."""
         for key, tensors in found.items():
             for at, row in enumerate(rows):
-                own = tuple(tensor[at : at + 1].detach().float().cpu() for tensor in tensors)
-                self._left.setdefault(key, {})[row] = own
+                # A copy: a part of a batch would keep all of it in memory.
+                own = (tensor[at : at + 1].detach().to("cpu", self._dtype, copy=True) for tensor in tensors)
+                self._left.setdefault(key, {})[row] = tuple(own)
 
     def show(self, rows: Sequence[int], device: torch.device) -> dict[Any, tuple[Tensor, ...]]:
-        """What is kept of the samples `rows`."""
+        """What is kept of the samples `rows`, in float32."""
         return {
-            key: tuple(torch.cat(parts).to(device) for parts in zip(*(own[row] for row in rows), strict=True))
+            key: tuple(
+                torch.cat(parts).to(device, torch.float32)
+                for parts in zip(*(own[row] for row in rows), strict=True)
+            )
             for key, own in self._left.items()
             if all(row in own for row in rows)
         }

@@ -265,3 +265,15 @@ def test_notices_give_every_sample_its_own_and_hold_no_whole_batches():
     keys, values = notices.show([8, 5], torch.device("cpu"))["keys"]
     assert torch.equal(keys, batch[[3, 0]]) and torch.equal(values, batch[[3, 0]] + 1)
     assert notices.show([5, 9], torch.device("cpu")) == {}
+
+
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "MXFP8"])
+def test_layers_whose_codes_are_called_weight_load_next_to_parents_that_initialize(scheme, tmp_path):
+    odd("buffers that loading computes, mask", tmp_path / "m")
+    made = AutoRound(tmp_path / "m", scheme=scheme, iters=0, disable_opt_rtn=True)
+    made.quantize_and_save(tmp_path / "out", format="auto_round,fake")
+    packed, plain = (loaded(tmp_path / "out" / name) for name in ("auto-round", "fake"))
+    for name in made.plan.quantized():
+        torch.testing.assert_close(
+            packed.get_submodule(name).plain_weight(), plain.get_submodule(name).weight
+        )

@@ -121,6 +121,7 @@ class Kernel(nn.Module):
         bias = None if site.bias is None else torch.empty(site.shape[0], dtype=site.bias, device="meta")
         self.bias: Tensor | None
         self.register_buffer("bias", bias)
+        self.complete = True  # all buffers are registered: none of that name can be missed
 
     def quantized(self) -> Quantized:
         """What the layer holds. Raises FormatError for tensors that do not fit."""
@@ -162,8 +163,13 @@ class Kernel(nn.Module):
             # Not the checkpoint's: see `_save_to_state_dict`.
             self.register_buffer(name, tensor, persistent=False)
 
-    @property
-    def weight(self) -> Tensor:
+    def __getattr__(self, name: str) -> Any:
+        """Also `weight`, where no tensor of the checkpoint is called so: see `weight_for_readers`."""
+        if name == "weight" and self.__dict__.get("complete") and name not in self._buffers:
+            return self.weight_for_readers()
+        return super().__getattr__(name)
+
+    def weight_for_readers(self) -> Tensor:
         """The weight as the plain layer would hold it, made anew, for code of models that reads it past the layer.
 
         Until the layer is loaded it is a stand-in on the meta device: transformers 5 initializes some layers through

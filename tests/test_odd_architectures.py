@@ -187,7 +187,11 @@ REFORMER = {
     "is_decoder": True, "attn_layers": ["local", "local"], "local_attn_chunk_length": 8,
     "max_position_embeddings": POSITIONS,
 }  # fmt: skip
-APART = {"XLM": ("XLM", XLM), "Reformer": ("Reformer", REFORMER)}
+APART = {
+    "XLM": ("XLM", XLM),
+    "Reformer": ("Reformer", REFORMER),
+    "RWKV that halves": ("Rwkv", {**RWKV, "rescale_every": 1}),
+}
 HEAD_CLASSES |= {"XLM": "XLMWithLMHeadModel", "Reformer": "ReformerModelWithLMHead"}
 
 
@@ -277,3 +281,12 @@ def test_layers_whose_codes_are_called_weight_load_next_to_parents_that_initiali
         torch.testing.assert_close(
             packed.get_submodule(name).plain_weight(), plain.get_submodule(name).weight
         )
+
+
+def test_a_cast_between_blocks_is_not_in_the_way():
+    model = odd("blocks that return lists, transposed weights")
+    recorder = Recorder(model, [model.get_submodule(name) for name in anatomy(model).block_lists[0]])
+    states = torch.randn(1, 4, WIDTH, generator=torch.Generator().manual_seed(0))
+    recorder._check_link(1, states, states.bfloat16())
+    with pytest.raises(ModelError, match="does not get what the block before it returns"):
+        recorder._check_link(1, states, states / 2)

@@ -7,8 +7,9 @@
 One line of JSON per kernel, shape, setting and batch; an interrupted run goes on where it stopped.
 Within a cell all kernels take turns, and the least time of each counts, so a busy machine hurts them alike: processor
 time for one thread, wall time for more. Up to batch 8 the last-level cache is filled with other data before each call,
-since a model's weights come from memory. The memory's speed is that of a copy in the same cell, bytes read plus bytes
-written. Rows carry the processor's name and are never compared across processors.
+since a model's weights come from memory; then the same kernel multiplies a few rows, since its code does not. The
+memory's speed is that of a copy in the same cell, bytes read plus bytes written. Rows carry the processor's name and
+are never compared across processors.
 """
 
 import argparse
@@ -35,14 +36,16 @@ KERNELS = (("cpu", torch.bfloat16), ("cpu:int8", torch.bfloat16), ("ark", torch.
            ("gptqmodel:torch", torch.bfloat16))  # fmt: skip
 ROUNDS = {1: 11, 8: 7, 64: 3, 512: 1}
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+FEW = 64  # rows of a weight that a kernel warms up on
 LONG = 64  # from this batch on one layer per model stands for all
 
 
 class Call(NamedTuple):
-    """Something to time: what runs and how many bytes its weight has."""
+    """Something to time: what runs, how many bytes its weight has, and the same on a few rows of the weight."""
 
     run: Callable[[], object]
     bytes: float
+    warm: Callable[[], object]
 
 
 def layer(name, spec, shape, dtype):
@@ -74,26 +77,28 @@ def calls_of(shape, batch, ggml, threads):
     from auto_round.core.scheme import TensorSpec
 
     x = {dtype: torch.randn(batch, shape[1]).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    calls = {}
+    calls, small = {}, (FEW, shape[1])
     for dtype, given in x.items():
         weight = torch.empty(shape, dtype=dtype).uniform_(-0.03, 0.03)
         name = f"torch {str(dtype).removeprefix('torch.')}"
-        calls[name, "plain"] = Call(lambda w=weight, g=given: torch.nn.functional.linear(g, w), weight.nbytes)
+        run = [lambda w=w, g=given: torch.nn.functional.linear(g, w) for w in (weight, weight[:FEW].clone())]
+        calls[name, "plain"] = Call(run[0], weight.nbytes, run[1])
     for setting, (bits, group) in SETTINGS.items():
         for kernel, dtype in KERNELS:
             if kernel.startswith("gptqmodel") and (setting != "W4G128" or shape[0] != shape[1]):
                 continue  # torch.compile, which it calls for every layer, takes half a minute
-            module = layer(kernel, TensorSpec(bits=bits, group=group), shape, dtype)
-            if module is not None:
+            modules = [layer(kernel, TensorSpec(bits=bits, group=group), s, dtype) for s in (shape, small)]
+            if modules[0] is not None:
                 name = "ark float32" if (kernel, dtype) == ("ark", torch.float32) else kernel
                 size = shape[0] * shape[1] * (bits / 8 + 2 / group)
-                calls[name, setting] = Call(lambda m=module, g=x[dtype]: m(g), size)
+                run = [lambda m=m, g=x[dtype]: m(g) for m in modules]
+                calls[name, setting] = Call(run[0], size, run[1])
     if ggml is not None:
         from ggml_layer import GgmlLayer
 
         for kind in LLAMA_CPP:
-            made = GgmlLayer(ggml, kind, shape, batch, threads)
-            calls["llama.cpp", kind] = Call(made, made.bytes)
+            made = [GgmlLayer(ggml, kind, s, batch, threads) for s in (shape, small)]
+            calls["llama.cpp", kind] = Call(made[0], made[0].bytes, made[1])
     return calls
 
 
@@ -144,6 +149,7 @@ def measure(cell, ggml):
             for key, call in calls.items():
                 if batch < LONG:
                     other.sum()
+                    call.warm()
                 pairs[key].append(timed(call.run))
     seconds = {key: best(found[1:]) for key, found in pairs.items()}  # the first one may allocate
     plain = seconds["torch bfloat16", "plain"]
@@ -159,9 +165,9 @@ def measure(cell, ggml):
         share = calls[kernel, setting].bytes / s / speed
         row = {**where, "kernel": kernel, "setting": setting, "ms": round(s * 1e3, 3)}
         yield row | {"speedup": round(plain / s, 2), "bandwidth": round(share, 2)}
-    for call in calls.values():
-        if hasattr(call.run, "close"):
-            call.run.close()
+    for made in (made for call in calls.values() for made in (call.run, call.warm)):
+        if hasattr(made, "close"):
+            made.close()
 
 
 def cells(given, chip):

@@ -16,6 +16,7 @@ def model_of(kernel, setting):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from auto_round.core.scheme import TensorSpec
+    from auto_round.inference.convert_model import join_layers
 
     config = LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
                          num_key_value_heads=8, head_dim=64, vocab_size=128256, tie_word_embeddings=True)  # fmt: skip
@@ -36,6 +37,7 @@ def model_of(kernel, setting):
         setattr(model.get_submodule(owner), last, nn.Parameter(filled))
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    join_layers(model)
     return model.eval()
 
 
@@ -61,7 +63,7 @@ def rows_of(chip, threads):
         model = model_of(kernel, setting)
         if model is None:
             continue
-        with torch.inference_mode():
+        with torch.no_grad():  # as `generate`
             token, prompt = seconds(model, PROMPT)[1], seconds(model, LONG)[0]
         row = {
             "processor": chip,

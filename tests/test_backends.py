@@ -182,6 +182,62 @@ def test_a_row_that_is_not_finite_spoils_no_other_of_many():
         assert spoilt.tolist() == [3, 21], dtype
 
 
+def joined(dtype, *, sym=True):
+    """(layers of 64, 32 and 40 rows that are multiplied in one call, the same ones called one by one)."""
+    spec = TensorSpec(bits=4, group=32, sym=sym)
+    layers = []
+    for i, rows in enumerate((64, 32, 40)):
+        site = site_of(spec, (rows, 96), fmt="auto_round:gptqmodel", dtype=dtype, bias=dtype if i else None)
+        layers.append(layer(usable("cpu", site), site, random_quantized(spec, (rows, 96), seed=i)))
+    alone = copy.deepcopy(layers)
+    backends()["cpu"].join(layers)
+    assert all(one.together is layers[0].together for one in layers) and alone[0].together is None
+    return layers, alone
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 8, 9])
+def test_layers_multiplied_together_give_what_they_give_alone(dtype, rows):
+    layers, alone = joined(dtype, sym=rows % 2 == 0)
+    with torch.no_grad():
+        for seed in (1, 2):
+            x = inputs(rows, 96, dtype, seed=seed).reshape(1, rows, 96)
+            for one, other in zip(layers, alone):
+                assert torch.equal(one(x), other(x))
+    assert layers[0].together.waiting is None  # and keep nothing afterwards
+
+
+def test_layers_multiplied_together_notice_another_input():
+    layers, alone = joined(torch.float32)
+    calls = [0, 1, 0, 2, 2, 1, 0, 0, 1, 2] * 3  # in any order, with some left out
+    with torch.no_grad():
+        x = inputs(1, 96, torch.float32)
+        for step, which in enumerate(calls):
+            if step % 3 == 1:
+                x = inputs(1, 96, torch.float32, seed=step)
+            elif step % 3 == 2:
+                x.mul_(1.5)  # the same tensor with other values
+            assert torch.equal(layers[which](x), alone[which](x)), step
+    assert all(one.together is None for one in layers)  # too much was made in vain
+    x = inputs(1, 96, torch.float32).requires_grad_()
+    layers, _ = joined(torch.float32)
+    sum(one(x).sum() for one in layers).backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_layers_multiplied_together_survive_a_copy_a_cast_and_saving():
+    layers, alone = joined(torch.float32)
+    tree = torch.nn.ModuleList(layers)
+    twin = copy.deepcopy(tree).to(torch.bfloat16)
+    assert twin[1].together is twin[0].together is not layers[0].together
+    assert tree.state_dict().keys() == torch.nn.ModuleList(alone).state_dict().keys()
+    assert len(list(tree.modules())) == 4
+    x = inputs(2, 96, torch.bfloat16)
+    with torch.no_grad():
+        for one, other in zip(twin, torch.nn.ModuleList(alone).to(torch.bfloat16)):
+            assert torch.equal(one(x), other(x))
+
+
 @pytest.mark.parametrize("rows", [0, 1, 5])
 def test_odd_shapes_and_hostile_inputs_of_the_cpu_kernels(rows):
     spec = TensorSpec(bits=4, group=-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -279,6 +279,9 @@ class Backend(ABC):
     @abstractmethod
     def finish(self, module: Kernel, *, cache: bool) -> None:
         """After loading: check, repack. `cache` allows keeping a dequantized copy of the weight."""
+
+    def join(self, modules: Sequence[Kernel]) -> None:  # noqa: B027  most backends have no such call
+        """Told after `finish` that these layers of one module read the same input; may multiply them in one call."""
 
 
 def has_device(kind: str) -> bool:

@@ -131,10 +131,21 @@ def post_init(model: nn.Module, used_backends: list[str]) -> None:
     for module in ours:
         backends()[module.backend].finish(module, cache=cache)
         module.ready = True
+    join_layers(model)
     # transformers has no other place for it: its quantizer asks itself, and answers that nobody has written it.
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer._dequantize = dequantized
+
+
+def join_layers(model: nn.Module) -> None:
+    """Tell backends which layers read the same input: query, key, value, and gate, up."""
+    for parent in model.modules():
+        for names in quirks.FUSED_NAMES:
+            found = [child for name, child in parent.named_children() if name in names]
+            layers = [child for child in found if isinstance(child, Kernel)]
+            if len(layers) > 1 and len({layer.backend for layer in layers}) == 1:
+                backends()[layers[0].backend].join(layers)
 
 
 def _check_complete(ours: Iterable[Kernel]) -> None:

@@ -223,34 +223,55 @@ inline void unpack(const uint8_t* p, uint8_t* out) {
 
 namespace {
 
+// One weight to multiply with, and where its results go.
+template <typename Y>
+struct Job {
+  Weights w;
+  const float* bias;
+  Y* y;
+  int64_t rows;
+};
+
 template <int BITS, int LIMBS, typename Y>
-void run(const Weights& w, const Inputs& in, int64_t m, const float* bias, Y* y, int64_t rows) {
+void few_rows(const Job<Y>& job, const Inputs& in, int64_t m, int64_t from, int64_t to) {
   // As many sums as the sixteen registers hold next to codes and inputs.
   constexpr int AT_ONCE = LIMBS * Unit<BITS>::planes > 2 ? 2 : 4, TILES = LIMBS * Unit<BITS>::planes > 4 ? 1 : 2;
   constexpr int64_t NEAR = 64;  // rows of x that stay in the second-level cache while all tiles pass by
-  const int64_t work = w.units * UNIT * ROWS * m;  // products per tile
-  const int64_t grain = std::max<int64_t>(TILES, (1 << 17) / std::max<int64_t>(1, work));
-#if defined(HAS_AMX)
-  if (in.height > 1) {
-    at::parallel_for(0, w.tiles, grain, [&](int64_t from, int64_t to) {
-      Pairs<BITS, LIMBS, Y>(w, in, bias, y, m, rows).multiply(from, to);
-    });
-    return;
+  const auto& [w, bias, y, rows] = job;
+  for (int64_t start = 0; start < m; start += NEAR) {
+    const int64_t stop = std::min(m, start + NEAR);
+    for (int64_t tile = from; tile < to; tile += TILES) {
+      const bool whole = tile + TILES <= to;
+      int64_t at = start;
+      for (; at + AT_ONCE <= stop; at += AT_ONCE)
+        for (int64_t t = tile; t < std::min<int64_t>(tile + TILES, to); ++t)
+          multiply_into<BITS, LIMBS, AT_ONCE, 1>(w, in, t, at, bias, y, rows);
+      for (; at < stop; ++at)
+        if (whole) multiply_into<BITS, LIMBS, 1, TILES>(w, in, tile, at, bias, y, rows);
+        else multiply_into<BITS, LIMBS, 1, 1>(w, in, tile, at, bias, y, rows);
+    }
   }
+}
+
+// The tiles of all jobs in a row, shared out among the threads.
+template <int BITS, int LIMBS, typename Y>
+void run(const std::vector<Job<Y>>& jobs, const Inputs& in, int64_t m) {
+  int64_t tiles = 0;
+  for (const auto& job : jobs) tiles += job.w.tiles;
+  const int64_t work = jobs[0].w.units * UNIT * ROWS * m;  // products per tile
+  const int64_t grain = std::max<int64_t>(2, (1 << 17) / std::max<int64_t>(1, work));
+  at::parallel_for(0, tiles, grain, [&](int64_t from, int64_t to) {
+    for (const auto& job : jobs) {
+      const int64_t first = std::max<int64_t>(0, from), last = std::min(to, job.w.tiles);
+      if (first < last) {
+#if defined(HAS_AMX)
+        if (in.height > 1) Pairs<BITS, LIMBS, Y>(job.w, in, job.bias, job.y, m, job.rows).multiply(first, last);
+        else
 #endif
-  at::parallel_for(0, w.tiles, grain, [&](int64_t from, int64_t to) {
-    for (int64_t start = 0; start < m; start += NEAR) {
-      const int64_t stop = std::min(m, start + NEAR);
-      for (int64_t tile = from; tile < to; tile += TILES) {
-        const bool whole = tile + TILES <= to;
-        int64_t at = start;
-        for (; at + AT_ONCE <= stop; at += AT_ONCE)
-          for (int64_t t = tile; t < std::min<int64_t>(tile + TILES, to); ++t)
-            multiply_into<BITS, LIMBS, AT_ONCE, 1>(w, in, t, at, bias, y, rows);
-        for (; at < stop; ++at)
-          if (whole) multiply_into<BITS, LIMBS, 1, TILES>(w, in, tile, at, bias, y, rows);
-          else multiply_into<BITS, LIMBS, 1, 1>(w, in, tile, at, bias, y, rows);
+          few_rows<BITS, LIMBS>(job, in, m, first, last);
       }
+      from -= job.w.tiles;
+      to -= job.w.tiles;
     }
   });
 }
@@ -265,7 +286,7 @@ bool by_amx([[maybe_unused]] int64_t m) {
 }
 
 #if defined(HAS_AMX)
-void multiply_real(const Weights& w, const at::Tensor& x, int64_t block, int64_t bits, const float* bias, at::Tensor& y) {
+void multiply_real(const Weights& w, const at::Tensor& x, int64_t block, int64_t bits, const float* bias, const at::Tensor& y) {
   const Halves in(x.const_data_ptr<at::BFloat16>(), x.size(0), x.size(1), w.units * UNIT);
   auto* out = y.mutable_data_ptr<at::BFloat16>();
   at::parallel_for(0, w.tiles, 2, [&](int64_t from, int64_t to) {
@@ -278,19 +299,22 @@ void multiply_real(const Weights& w, const at::Tensor& x, int64_t block, int64_t
 #endif
 
 template <typename T>
-void for_type(const Weights& w, const at::Tensor& x, int64_t columns, int64_t block, int64_t bits, int64_t limbs,
-              const float* bias, at::Tensor& y) {
-  const int64_t m = x.size(0), rows = y.size(1);
+void for_type(const std::vector<Weights>& all, const at::Tensor& x, int64_t block, int64_t bits, int64_t limbs,
+              const std::vector<const float*>& bias, const std::vector<at::Tensor>& y) {
+  const int64_t m = x.size(0);
 #if defined(HAS_AMX)
-  if (std::is_same_v<T, at::BFloat16> && limbs == 2 && m >= FEWEST_REAL && may_use_amx())
-    return multiply_real(w, x, block, bits, bias, y);
+  if (std::is_same_v<T, at::BFloat16> && limbs == 2 && m >= FEWEST_REAL && may_use_amx()) {
+    for (size_t i = 0; i < all.size(); ++i) multiply_real(all[i], x, block, bits, bias[i], y[i]);
+    return;
+  }
 #endif
   const int64_t parts = by_amx(m) ? (m + 15) / 16 : m;
-  const Inputs in(x.const_data_ptr<T>(), m, columns, w.units * UNIT, block, m ? (m + parts - 1) / parts : 1,
+  const Inputs in(x.const_data_ptr<T>(), m, x.size(1), all[0].units * UNIT, block, m ? (m + parts - 1) / parts : 1,
                   static_cast<int>(limbs));
-  T* out = y.mutable_data_ptr<T>();
+  std::vector<Job<T>> jobs;
+  for (size_t i = 0; i < all.size(); ++i) jobs.push_back({all[i], bias[i], y[i].mutable_data_ptr<T>(), y[i].size(1)});
 #define CASE(B, L) \
-  if (bits == B && limbs == L) return run<B, L, T>(w, in, m, bias, out, rows);
+  if (bits == B && limbs == L) return run<B, L, T>(jobs, in, m);
   CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(3, 1) CASE(3, 2) CASE(3, 3)
   CASE(4, 1) CASE(4, 2) CASE(4, 3) CASE(8, 1) CASE(8, 2) CASE(8, 3)
 #undef CASE
@@ -332,7 +356,7 @@ void dequantize(const Weights& w, int64_t bits, int64_t first, int64_t last, flo
 
 // Many rows of x: some tiles at a time become float32, which torch's matrix library multiplies. See MANY.
 void multiply_many(const Weights& w, int64_t bits, const at::Tensor& x, const std::optional<at::Tensor>& bias,
-                   at::Tensor& y) {
+                   const at::Tensor& y) {
   const at::Tensor wide = x.to(at::kFloat);
   const int64_t rows = y.size(1), columns = w.units * UNIT;
   const int64_t some = std::min(w.tiles, std::max<int64_t>(8, PIECE_OF_WEIGHT / (columns * ROWS)));
@@ -363,22 +387,34 @@ Weights weights(const at::Tensor& codes, const at::Tensor& scales, const std::op
           codes.size(0), codes.size(1), scales.size(1), group};
 }
 
-// x: (M, I). Gives (M, rows).
-at::Tensor linear(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scales,
-                  const std::optional<at::Tensor>& zeros, const std::optional<at::Tensor>& bias, int64_t bits,
-                  int64_t group, int64_t rows, int64_t limbs) {
-  const Weights w = weights(codes, scales, zeros, bits, group, rows, x.size(1));
+// x: (M, I). Gives (M, rows) for every weight of one setting: the inputs are prepared once, the threads woken once.
+std::vector<at::Tensor> linear_many(const at::Tensor& x, at::TensorList codes, at::TensorList scales,
+                                    const c10::List<std::optional<at::Tensor>>& zeros,
+                                    const c10::List<std::optional<at::Tensor>>& bias, int64_t bits, int64_t group,
+                                    at::IntArrayRef rows, int64_t limbs) {
+  const size_t count = codes.size();
+  TORCH_CHECK(count && scales.size() == count && zeros.size() == count && bias.size() == count && rows.size() == count,
+              "codes, scales, zeros, bias and rows must be as many, and some");
   TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x must be contiguous (M, I)");
-  TORCH_CHECK(!bias || (bias->scalar_type() == at::kFloat && bias->is_contiguous() && bias->numel() == rows),
-              "bias must be float32 (rows)");
   TORCH_CHECK(limbs >= 1 && limbs <= 3, "there are 1 to 3 limbs, got ", limbs);
-  at::Tensor y = at::empty({x.size(0), rows}, x.options());
+  std::vector<Weights> all;
+  std::vector<const float*> b;
+  std::vector<at::Tensor> y;
+  for (size_t i = 0; i < count; ++i) {
+    const std::optional<at::Tensor> zero = zeros[i], added = bias[i];
+    all.push_back(weights(codes[i], scales[i], zero, bits, group, rows[i], x.size(1)));
+    TORCH_CHECK(all[i].units == all[0].units, "all weights must have the same columns");
+    TORCH_CHECK(!added || (added->scalar_type() == at::kFloat && added->is_contiguous() && added->numel() == rows[i]),
+                "bias must be float32 (rows)");
+    b.push_back(added ? added->const_data_ptr<float>() : nullptr);
+    y.push_back(at::empty({x.size(0), rows[i]}, x.options()));
+  }
   if (x.size(0) == 0) return y;
   if (x.size(0) >= MANY[limbs] && !by_amx(x.size(0))) {
-    multiply_many(w, bits, x, bias, y);
+    for (size_t i = 0; i < count; ++i) multiply_many(all[i], bits, x, bias.get(i), y[i]);
     return y;
   }
-  const int64_t padded = w.units * UNIT;
+  const int64_t padded = all[0].units * UNIT;
   int64_t block = UNIT;
   for (int64_t wider : {128, 64})
     if (group % wider == 0 && padded % wider == 0) {
@@ -386,12 +422,18 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& codes, const at::Tensor
       break;
     }
   if (limbs == 1) block = UNIT;  // eight bits need near neighbours to share a scale
-  const float* b = bias ? bias->const_data_ptr<float>() : nullptr;
-  if (x.scalar_type() == at::kFloat) for_type<float>(w, x, x.size(1), block, bits, limbs, b, y);
-  else if (x.scalar_type() == at::kBFloat16) for_type<at::BFloat16>(w, x, x.size(1), block, bits, limbs, b, y);
-  else if (x.scalar_type() == at::kHalf) for_type<at::Half>(w, x, x.size(1), block, bits, limbs, b, y);
+  if (x.scalar_type() == at::kFloat) for_type<float>(all, x, block, bits, limbs, b, y);
+  else if (x.scalar_type() == at::kBFloat16) for_type<at::BFloat16>(all, x, block, bits, limbs, b, y);
+  else if (x.scalar_type() == at::kHalf) for_type<at::Half>(all, x, block, bits, limbs, b, y);
   else TORCH_CHECK(false, "x must be float32, bfloat16 or float16");
   return y;
+}
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scales,
+                  const std::optional<at::Tensor>& zeros, const std::optional<at::Tensor>& bias, int64_t bits,
+                  int64_t group, int64_t rows, int64_t limbs) {
+  return linear_many(x, {codes}, {scales}, c10::List<std::optional<at::Tensor>>({zeros}),
+                     c10::List<std::optional<at::Tensor>>({bias}), bits, group, {rows}, limbs)[0];
 }
 
 // The whole weight: (rows, columns) float32.
@@ -476,6 +518,8 @@ std::string instructions() {
 TORCH_LIBRARY(AUTO_ROUND_LIBRARY, m) {
   m.def("linear(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int bits, int group, int rows, int limbs) -> Tensor");
   m.impl("linear", c10::DispatchKey::CPU, &linear);
+  m.def("linear_many(Tensor x, Tensor[] codes, Tensor[] scales, Tensor?[] zeros, Tensor?[] bias, int bits, int group, int[] rows, int limbs) -> Tensor[]");
+  m.impl("linear_many", c10::DispatchKey::CPU, &linear_many);
   m.def("weight(Tensor codes, Tensor scales, Tensor? zeros, int bits, int group, int rows, int columns) -> Tensor");
   m.impl("weight", c10::DispatchKey::CPU, &weight);
   m.def("tile(Tensor codes, int bits) -> Tensor");

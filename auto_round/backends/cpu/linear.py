@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -20,12 +21,19 @@ LIMBS = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
 """Bytes per input value: what it takes to lose nothing that the dtype holds, see kernels.cpp."""
 
 
+JOINED_ROWS = 8
+"""Rows of inputs up to which layers are multiplied together; beyond, a call's own cost is lost in its work."""
+PATIENCE = 3
+"""Times that results may be left lying before layers are called one by one again, as in attention across models."""
+
+
 class CpuLinear(Kernel):
     """x @ W'.T + bias. `limbs` None takes as many as the dtype of x needs; 1 rounds inputs to 8 bits."""
 
     def __init__(self, site: Site, backend: str, limbs: int | None) -> None:
         super().__init__(site, backend)
         self.limbs = limbs
+        self.together: Together | None = None
         size = group_size(site.shape, site.spec.group)
         self.group = size + -size % layout.UNIT  # one group per row may end inside a unit
 
@@ -54,6 +62,8 @@ class CpuLinear(Kernel):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O), in the dtype of x. Differentiable in x."""
+        if self.together is not None and self.together.serves(x):
+            return self.together.result(self, x)
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         # Added to the float32 sum before it is rounded.
         bias = None if self.bias is None else self.bias.float()
@@ -63,6 +73,61 @@ class CpuLinear(Kernel):
             flat, self.codes, self.scales, None if self.site.spec.sym else self.zeros, bias, *sizes
         )
         return y.reshape(*x.shape[:-1], self.out_features)
+
+
+class Together:
+    """Layers that read the same input: the first that is called multiplies for all, the others take their results.
+
+    Each stays a module of its own, so names, saving, copies and adapters are as without. A result is only handed out
+    for the very tensor it was made from, unchanged since; else the layer multiplies anew.
+    """
+
+    def __init__(self, layers: tuple[CpuLinear, ...]) -> None:
+        self.layers = layers
+        # (input, its version, results by place) in one attribute: another thread sees all of it or none.
+        self.wasted = 0
+        self.waiting: tuple[Tensor, int, dict[int, Tensor]] | None = None
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether x is small enough that calls matter, and can be recognized."""
+        return (
+            x.numel() <= JOINED_ROWS * x.shape[-1]
+            and not torch.compiler.is_compiling()
+            and not x.is_inference()  # has no version
+            and not (torch.is_grad_enabled() and x.requires_grad)
+        )
+
+    def result(self, layer: CpuLinear, x: Tensor) -> Tensor:
+        """What `layer` makes of x."""
+        place = next(i for i, other in enumerate(self.layers) if other is layer)
+        waiting = self.waiting
+        if waiting is not None and waiting[0] is x and waiting[1] == x._version:
+            found = waiting[2].pop(place, None)
+            if not waiting[2]:
+                self.waiting = None  # the input may go
+            if found is not None:
+                return found
+        if waiting is not None:  # results that nobody took: these layers do not read the same input after all
+            self.wasted += 1
+            if self.wasted > PATIENCE:
+                for other in self.layers:
+                    other.together = None
+        results = dict(enumerate(self._multiply(x)))
+        mine = results.pop(place)
+        self.waiting = (x, x._version, results)
+        return mine
+
+    def _multiply(self, x: Tensor) -> list[Tensor]:
+        first, flat = self.layers[0], x.reshape(-1, x.shape[-1]).contiguous()
+        spec, limbs = first.site.spec, first.limbs or LIMBS[x.dtype]
+        rows = [layer.out_features for layer in self.layers]
+        zeros = [None if spec.sym else layer.zeros for layer in self.layers]
+        biases = [None if layer.bias is None else layer.bias.float() for layer in self.layers]
+        codes, scales = zip(*((layer.codes, layer.scales) for layer in self.layers))
+        found = torch.ops.auto_round_cpu.linear_many(
+            flat, codes, scales, zeros, biases, spec.bits, first.group, rows, limbs
+        )
+        return [y.reshape(*x.shape[:-1], count) for y, count in zip(found, rows)]
 
 
 @cache
@@ -132,6 +197,16 @@ class Cpu(Backend):
         """Repack."""
         assert isinstance(module, CpuLinear), "built by this backend"
         module.settle(module.checked())
+
+    def join(self, modules: Sequence[Kernel]) -> None:
+        """Multiply them in one call where all have one setting."""
+        layers = tuple(module for module in modules if isinstance(module, CpuLinear))
+        settings = {(m.site.spec, m.group, m.site.shape[1], m.limbs) for m in layers}
+        # Padding makes a new tensor for every call.
+        if len(layers) == len(modules) and len(settings) == 1 and not any(m.site.padding for m in layers):
+            together = Together(layers)
+            for layer in layers:
+                layer.together = together
 
 
 ENTRIES = (

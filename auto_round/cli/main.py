@@ -6,6 +6,7 @@ Exit code 0 for success, 2 for wrong usage, 1 for any other failure.
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated
 
 import cyclopts
@@ -112,8 +113,6 @@ def _outline(
 
 
 def _job(model: str, options: Options) -> AutoRound:
-    from dataclasses import fields
-
     from auto_round.api import AutoRound
 
     values = {f.name: getattr(options, f.name) for f in fields(options)}

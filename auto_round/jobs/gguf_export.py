@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -235,7 +236,6 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
     @staticmethod
     def _add_info(writer: Any, target: Target) -> None:
         import gguf
-        import numpy as np
 
         kind = gguf.GGMLQuantizationType[target.type]
         writer.add_tensor_info(target.name, target.shape, np.dtype(np.float32), target.nbytes, raw_dtype=kind)

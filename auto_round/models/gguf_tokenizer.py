@@ -6,6 +6,7 @@ its own pre-tokenizer and with each of the known ones, so that no list of known 
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -276,8 +277,6 @@ def _unigram(described: Mapping[str, Any]) -> dict[str, Any]:
         ),
     }
     if maps and maps[0]:
-        import base64
-
         values["precompiled_charsmap"] = list(base64.b64decode(maps[0]))
     return values
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,7 +138,6 @@ def _write_gguf(
     path: Path, means: Mapping[str, Tensor], origin: Origin, counts: Mapping[str, Tensor]
 ) -> None:
     import gguf
-    import numpy as np
 
     writer = gguf.GGUFWriter(path, arch="")
     writer.add_type("imatrix")

@@ -48,11 +48,12 @@ fill_c_ct() {
 # mlx has plain wheels for the CPU of Linux; it needs no torch, but dequantize.py does.
 fill_c_mlx() { "${pip[@]}" mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2; }
 
-# llama.cpp is compiled from source: some minutes on two cores.
+# llama.cpp is compiled from source: some minutes on two cores. Built for a processor with AMX, 0.3.36 was seen to crash
+# in its own kernels; LLAMA_CMAKE="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON" leaves them out.
 fill_c_llama() {
     "${pip[@]}" -U cmake ninja scikit-build-core
-    CMAKE_ARGS=-DGGML_NATIVE=ON "${pip[@]}" --no-build-isolation llama-cpp-python==0.3.36 || \
-        CMAKE_ARGS=-DGGML_NATIVE=ON "${pip[@]}" llama-cpp-python==0.3.36
+    export CMAKE_ARGS=${LLAMA_CMAKE:--DGGML_NATIVE=ON}
+    "${pip[@]}" --no-build-isolation llama-cpp-python==0.3.36 || "${pip[@]}" llama-cpp-python==0.3.36
 }
 
 fill_c_ort() {

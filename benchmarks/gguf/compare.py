@@ -1,6 +1,7 @@
 """Ours against llama.cpp's own quantizer: same model, same importance, one thread each, judged by llama.cpp itself.
 
 python benchmarks/gguf/compare.py --llama /path/to/python [--model DIR] [--types q2_k_s,q4_k_m] [--out FILE.jsonl]
+python benchmarks/gguf/compare.py --table FILE.jsonl
 The importance is measured on calibration text by hooks of this script, and given to both; "ours" also lets weights make
 up for one another's errors on that text, "ours, searched" does not. KL is that of the original model's logits (torch,
 float32) against llama.cpp's on the quantized file, on held-out text.
@@ -126,7 +127,8 @@ def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--llama", required=True)
+    parser.add_argument("--llama", help="an interpreter that has llama-cpp-python")
+    parser.add_argument("--table", type=Path, help="only print the rows in this file as Markdown")
     parser.add_argument("--model", type=Path, default=NOVELIST)
     parser.add_argument("--calibration", type=Path, default=NOVELIST / "calibration.jsonl")
     parser.add_argument(
@@ -141,9 +143,33 @@ def arguments():
     return parser.parse_args()
 
 
+def table(rows):
+    """Markdown: a row per type, each recipe's KL with that of llama.cpp in brackets."""
+    found = {}
+    for row in rows:
+        found.setdefault((row["model"], row["type"]), {})[row["by"]] = row
+    others = ("ours, searched", "ours", "ours, 200 sign steps")
+    head = ["type", "bits per weight", "KL of llama.cpp's", *others, "top-1 of llama.cpp's, ours", "CPU s"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for (_, type_), by in sorted(found.items(), key=lambda item: item[1]["llama.cpp"]["bpw"]):
+        theirs, ours = by["llama.cpp"], by["ours"]
+        cells = [
+            f"{by[who]['kl']:.5f} ({by[who]['kl'] / theirs['kl']:.2f}x)" if who in by else ""
+            for who in others
+        ]
+        seconds = ", ".join(f"{by[who]['cpu_seconds']:.1f}" for who in ("llama.cpp", *others[:2]))
+        parts = [f"`{type_}`", f"{theirs['bpw']:.2f}", f"{theirs['kl']:.5f}", *cells]
+        parts += [f"{theirs['top1']:.3f}, {ours['top1']:.3f}", seconds]
+        lines.append(f"| {' | '.join(parts)} |")
+    return "\n".join(lines)
+
+
 def main():
     """A row for each recipe of ours and one for llama.cpp, per type."""
     options = arguments()
+    if options.table:
+        print(table(map(json.loads, options.table.read_text().splitlines())))
+        return
     logging.getLogger("auto_round").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     lines = options.out.read_text().splitlines() if options.out and options.out.exists() else []

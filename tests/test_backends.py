@@ -339,10 +339,8 @@ def test_the_kernels_of_lesser_processors_agree(define):
         zeros = torch.randint(0, 1 << bits, (24, 2), generator=generator, dtype=torch.uint8)
         columns = torch.arange(128) // 64
         w = (codes.double() - zeros.double()[:, columns]) * scales.double()[:, columns]
-        tiles = (
-            layout.tile_codes(codes, bits, tile),
-            *(layout.tile_groups(t, tile) for t in (scales, zeros)),
-        )
+        check_tiles(kernels, bits)
+        tiles = (kernels.tile(codes, bits), *(layout.tile_groups(t, tile) for t in (scales, zeros)))
         for dtype, limbs in ((torch.float32, 3), (torch.bfloat16, 2)):
             for rows in (6, 40):
                 x = inputs(rows, 128, dtype)

@@ -285,6 +285,15 @@ bool by_amx([[maybe_unused]] int64_t m) {
 #endif
 }
 
+// Whether x goes there as it is. Rounding it to 8 bits would only make it slower.
+bool by_amx_as_real([[maybe_unused]] const at::Tensor& x, [[maybe_unused]] int64_t limbs) {
+#if defined(HAS_AMX)
+  return x.scalar_type() == at::kBFloat16 && limbs <= 2 && x.size(0) >= FEWEST_REAL && may_use_amx();
+#else
+  return false;
+#endif
+}
+
 #if defined(HAS_AMX)
 void multiply_real(const Weights& w, const at::Tensor& x, int64_t block, int64_t bits, const float* bias, const at::Tensor& y) {
   const Halves in(x.const_data_ptr<at::BFloat16>(), x.size(0), x.size(1), w.units * UNIT);
@@ -303,7 +312,7 @@ void for_type(const std::vector<Weights>& all, const at::Tensor& x, int64_t bloc
               const std::vector<const float*>& bias, const std::vector<at::Tensor>& y) {
   const int64_t m = x.size(0);
 #if defined(HAS_AMX)
-  if (std::is_same_v<T, at::BFloat16> && limbs == 2 && m >= FEWEST_REAL && may_use_amx()) {
+  if (by_amx_as_real(x, limbs)) {
     for (size_t i = 0; i < all.size(); ++i) multiply_real(all[i], x, block, bits, bias[i], y[i]);
     return;
   }
@@ -421,7 +430,7 @@ std::vector<at::Tensor> linear_many(const at::Tensor& x, at::TensorList codes, a
       block = wider;
       break;
     }
-  if (limbs == 1) block = UNIT;  // eight bits need near neighbours to share a scale
+  if (limbs == 1 && !by_amx_as_real(x, limbs)) block = UNIT;  // eight bits need near neighbours to share a scale
   if (x.scalar_type() == at::kFloat) for_type<float>(all, x, block, bits, limbs, b, y);
   else if (x.scalar_type() == at::kBFloat16) for_type<at::BFloat16>(all, x, block, bits, limbs, b, y);
   else if (x.scalar_type() == at::kHalf) for_type<at::Half>(all, x, block, bits, limbs, b, y);

@@ -95,7 +95,8 @@ def whole(cells):
         return []
     lines = ["### A whole model of random weights, shaped like Llama 3.2 1B", "",
              "The head stays bfloat16, as it does by default: a fifth of the parameters, half of the bytes per token.",
-             "Tokens per second after a prompt of 8 tokens, and milliseconds for a prompt of 512; batch 1.", "",
+             "Tokens per second after a prompt of 8 tokens, and milliseconds for a prompt of 512; batch 1. Rows called",
+             "\"one by one\" were measured before layers with the same input shared a call (decision 0083).", "",
              "| threads | kernel | setting | tokens/s | ms for 512 tokens |", "|---|---|---|---|---|"]  # fmt: skip
     lines += [
         f"| {r['threads']} | {r['kernel']} | {r['setting']} | {r['tokens_s']:.1f} | {r['prompt_ms']:.0f} |"

@@ -12,5 +12,9 @@ if shutil.which("nvidia-smi") is None:
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from hypothesis import HealthCheck, settings
 
+# A busy machine makes no property false.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 torch.set_num_threads(1)

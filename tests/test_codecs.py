@@ -204,7 +204,7 @@ def test_the_gram_matrix_lowers_the_output_error(spec):
 
 @pytest.mark.parametrize("sym", [True, False])
 @given(magnitude=st.integers(-2, 4), seed=st.integers(0, 1000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_error_is_at_most_one_step_at_every_magnitude(sym, magnitude, seed):
     spec = TensorSpec(bits=4, group=32, sym=sym)
     w = gaussian(4, 64, seed) * 10.0**magnitude

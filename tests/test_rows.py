@@ -62,19 +62,19 @@ FLOATS = [
 ]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(w=matrices, spec=integers)
 def test_compiled_integers_are_those_of_torch(w, spec):
     assert encode(w, spec).equals(in_torch(lambda: encode(w, spec)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(w=matrices, spec=st.sampled_from(FLOATS))
 def test_compiled_floats_are_those_of_torch(w, spec):
     assert encode(w, spec).equals(in_torch(lambda: encode(w, spec)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(w=matrices, spec=integers, seed=st.integers(0, 99))
 def test_grids_that_a_search_found_give_the_codes_of_torch(w, spec, seed):
     codec = codec_of(spec)
@@ -114,7 +114,7 @@ def packed_in_torch(make):
         return make()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 8), st.integers(1, 40), st.integers(1, 5), st.integers(0, 2**31), st.booleans())
 def test_compiled_packing_is_that_of_torch_and_is_undone(width, lines, cycles, seed, transposed):
     shape = (lines, cycles * bits.values_per_cycle(width))
@@ -129,7 +129,7 @@ def test_compiled_packing_is_that_of_torch_and_is_undone(width, lines, cycles, s
         assert torch.equal(packed_in_torch(lambda table=table: bits.unpack(table, width)), codes.t())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 70), st.integers(1, 20), st.integers(0, 2**31))
 def test_compiled_awq_packing_is_that_of_torch_and_is_undone(count, words, seed):
     codes = torch.randint(16, (8 * words, count), generator=torch.Generator().manual_seed(seed)).to(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from auto_round.jobs.outline import Outline
 from auto_round.jobs.planner import Making, StepMaker
 from auto_round.jobs.quantize import Observer, Pass, quantize
 from auto_round.jobs.report import Report
-from auto_round.jobs.stream import Locked, StreamPass, stream
+from auto_round.jobs.stream import CopyingWriter, Locked, StreamPass, stream
 from auto_round.material import Material
 from auto_round.models.device import execution_dtype
 from auto_round.models.memory import peak_memory, peak_of, reset_peak
@@ -273,7 +273,9 @@ class AutoRound:
             return
         streamed = []
         for each in passes:
-            writers = [w if isinstance(w, CheckpointWriter) else Locked(w) for w in each.writers]
+            writers = [
+                w if isinstance(w, CheckpointWriter) else Locked(cast(CopyingWriter, w)) for w in each.writers
+            ]
             streamed.append(StreamPass(each.plan, each.steps, writers))
         assert self.placement is not None and self.placement.workers, "streams are placed too"
         stream(source, streamed, self.observers, workers=self.placement.workers)

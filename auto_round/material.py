@@ -73,15 +73,10 @@ class Material:
 
     def _on_the_hub(self, model: str) -> HubShards | None:
         """The shards of a hub model that is streamed, which need not be on this machine all at once."""
-        # Other machines find the files where this one has put them; a GGUF file is written in an order of its own.
-        elsewhere = self.options.distributed is not None or "gguf" in str(self.options.format)
-        if (
-            elsewhere
-            or not weights_alone(self.options, self.base)
-            or not hub.is_id(model, self.options.platform)
-        ):
+        # Other machines look for the files where this one has put them.
+        if self.options.distributed is not None or not self._streams():
             return None
-        return open_shards(model)
+        return open_shards(model) if hub.serves(model, self.options.platform) else None
 
     def _here(self) -> Path:
         """The folder with all of its weights, downloaded if they were not to be."""

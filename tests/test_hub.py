@@ -142,7 +142,7 @@ def test_a_download_that_always_breaks_off_names_the_model_and_writes_nothing(se
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     """A model of many shards; some layers that must share a grid lie in two of them."""
-    found = tmp_path_factory.mktemp("hub") / "sharded"
+    found = tmp_path_factory.mktemp("hub") / "name"  # as on the hub: a GGUF file says it
     model = tiny("llama", dtype=torch.bfloat16, num_hidden_layers=4)
     model.save_pretrained(found, max_shard_size="60kB")
     tokenizer().save_pretrained(found)
@@ -153,7 +153,12 @@ def sharded(tmp_path_factory):
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"scheme": "NVFP4", "act_bits": 16, "group_size": 16}, {"format": "auto_round,llm_compressor"}],
+    [
+        {},
+        {"scheme": "NVFP4", "act_bits": 16, "group_size": 16},
+        {"format": "auto_round,llm_compressor"},
+        {"format": "gguf:q4_0", "group_size": None},
+    ],
     ids=str,
 )
 def test_shards_of_a_streamed_model_come_one_after_the_other_and_go(

@@ -6,6 +6,7 @@ import transformers
 from models import (
     HEADS,
     INNER,
+    LATENT,
     LLAMA_LIKE,
     POSITIONS,
     ROUTED,
@@ -33,13 +34,6 @@ SMALL = {"group_size": 32, "seqlen": 16, "batch_size": 2, "amp": False}
 RUNS = {"tuned": {"iters": 1, "nsamples": 4}, "streamed": {"iters": 0, "disable_opt_rtn": True}}
 ENDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 GPT = {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": 2, "n_head": HEADS, "n_positions": POSITIONS, **ENDS}
-LATENT = {
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-}
 EXPERTS = {**ROUTED, "n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 32}
 MIXED = ["sliding_attention", "full_attention"]
 GEMMA_3N = {

@@ -290,8 +290,15 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
             raise OutputError(f"output folder {self.folder} cannot be written: {error}") from error
         self._hashes[stored] = hashlib.blake2b(content, digest_size=16).hexdigest()
 
-    def _copy(self, stored: str) -> None:
-        """A tensor of the checkpoint that is not quantized, in the float type of the file."""
+    def to_copy(self) -> list[str]:
+        """Tensors of the checkpoint that are not quantized and not written yet."""
+        floats = set(self.subject.files.store.infos).difference(
+            f"{self.subject.stored_name(layer)}.weight" for layer in self.plan.quantized()
+        )
+        return [stored for stored in self._target_of if stored in floats and stored not in self._hashes]
+
+    def copy(self, stored: str) -> None:
+        """Write a tensor of the checkpoint that is not quantized, in the float type of the file."""
         target = self._target_of[stored]
         tensor = self._extra[stored] if stored in self._extra else self.subject.files.store.get(stored)
         if stored in self._transposed:
@@ -317,7 +324,7 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
         """Copy what was not quantized, and publish files that were synced and read back."""
         for stored in self._target_of:
             if stored not in self._hashes:
-                self._copy(stored)
+                self.copy(stored)
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())

@@ -22,18 +22,22 @@ from auto_round.sources.tensors import TensorSource
 from auto_round.steps.base import BlockReport, Step
 
 
-class StreamWriter(Writer, Protocol):
-    """A writer that workers may call at the same time, and that knows what an earlier run has done."""
-
-    @property
-    def finished(self) -> Collection[str]:
-        """Layers that are written already."""
+class CopyingWriter(Writer, Protocol):
+    """A writer that can be told when to copy what stays as it is."""
 
     def to_copy(self) -> list[str]:
         """Tensors of the source that stay as they are."""
 
     def copy(self, name: str) -> None:
         """Put the tensor `name` of the source in its place."""
+
+
+class StreamWriter(CopyingWriter, Protocol):
+    """A writer that workers may call at the same time, and that knows what an earlier run has done."""
+
+    @property
+    def finished(self) -> Collection[str]:
+        """Layers that are written already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +213,7 @@ class Progress:
 class Locked:
     """A writer that cannot be called by several workers at a time, for workers."""
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: CopyingWriter) -> None:
         self._writer, self._lock = writer, threading.Lock()
         self.finished: Collection[str] = ()
 
@@ -224,8 +228,10 @@ class Locked:
             self._writer.rewrite(name, tensor)
 
     def to_copy(self) -> list[str]:
-        """Nothing: the writer sees to that itself."""
-        return []
+        """What the writer says."""
+        return self._writer.to_copy()
 
     def copy(self, name: str) -> None:
-        """Never called."""
+        """One tensor that stays as it is."""
+        with self._lock:
+            self._writer.copy(name)

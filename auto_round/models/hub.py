@@ -39,10 +39,19 @@ def _broken_lines() -> tuple[type[Exception], ...]:
     return tuple(module.HTTPError for module in modules)
 
 
-def is_id(model: str, platform: str) -> bool:
-    """Whether `model` is no path, and means owner/name on the Hugging Face hub."""
-    here = model.startswith((".", "/", "~")) or Path(model).exists()
-    return not here and model.count("/") == 1 and platform == "hf" and not settings().use_modelscope
+def is_id(model: str) -> bool:
+    """Whether `model` may mean owner/name on a hub: a mistyped folder should not go over the network."""
+    return model.count("/") == 1 and not model.startswith((".", "/", "~"))
+
+
+def serves(model: str, platform: str) -> bool:
+    """Whether `model` is to be had from the Hugging Face hub: no folder of this machine, and no other hub's."""
+    elsewhere = _is_modelscope(platform) or Path(model).exists()
+    return is_id(model) and platform == "hf" and not elsewhere
+
+
+def _is_modelscope(platform: str) -> bool:
+    return platform == "model_scope" or settings().use_modelscope
 
 
 def download(
@@ -53,7 +62,7 @@ def download(
     wanted: dict[str, Any] = {"ignore_patterns": unread if weights else [*unread, "*.safetensors"]}
     if only is not None:
         wanted = {"allow_patterns": [only]}
-    if platform == "model_scope" or settings().use_modelscope:
+    if _is_modelscope(platform):
         try:
             from modelscope import snapshot_download as modelscope_download
         except ImportError as error:

@@ -52,8 +52,7 @@ def resolve(model: str, *, platform: str = "hf", revision: str | None = None) ->
     if not folder.exists():
         if model.endswith(".gguf") and model.count("/") > 1 and not model.startswith((".", "/", "~")):
             return hub.download_file(model, platform=platform, revision=revision)
-        # Only owner/name may be meant for the hub: a mistyped folder should not go over the network.
-        if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        if not hub.is_id(model):
             raise ModelError(
                 f"model {model!r}: no such folder.{_siblings(folder)} Give a folder or a hub id such as owner/name"
             )

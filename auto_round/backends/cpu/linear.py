@@ -84,8 +84,8 @@ class Together:
 
     def __init__(self, layers: tuple[CpuLinear, ...]) -> None:
         self.layers = layers
-        # (input, its version, results by place) in one attribute: another thread sees all of it or none.
         self.wasted = 0
+        # (input, its version, results by place) in one attribute: another thread sees all of it or none.
         self.waiting: tuple[Tensor, int, dict[int, Tensor]] | None = None
 
     def serves(self, x: Tensor) -> bool:

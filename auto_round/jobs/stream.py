@@ -4,6 +4,7 @@ of work that ends with its bytes in their places. Who does it and in which order
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -135,23 +136,28 @@ def stream(
             step.prepare(source, each.plan)
     layers = work_of(source, passes)
     progress = Progress(layers, observers)
-    ordered: list[tuple[int, Unit | Callable[[], None]]] = [
-        (max(source.order(layer) for layer in unit.layers), unit) for unit in layers
+    work: list[_Piece] = [
+        _Piece(tuple({shard for layer in unit.layers for shard in source.shards(layer)}), unit)
+        for unit in layers
     ]
     for writer in (writer for each in passes for writer in each.writers):
-        ordered += [(source.store.order(name), _copying(writer, name)) for name in writer.to_copy()]
+        work += [_Piece(source.store.shards(name), _copying(writer, name)) for name in writer.to_copy()]
     # In model order, unless the store says that it has tensors at hand in another one.
-    work = [piece for _, piece in sorted(ordered, key=lambda each: each[0])]
+    work.sort(key=lambda piece: max(piece.shards, default=0))
+    source.store.expect(Counter(shard for piece in work for shard in piece.shards))
 
-    def do(piece: Unit | Callable[[], None]) -> BlockResult | None:
-        if not isinstance(piece, Unit):
-            piece()
-            return None
-        return run_unit(source, passes, piece)
+    def do(piece: _Piece) -> BlockResult | None:
+        result = None
+        if isinstance(piece.work, Unit):
+            result = run_unit(source, passes, piece.work)
+        else:
+            piece.work()
+        source.store.done(piece.shards)
+        return result
 
-    def announce(piece: Unit | Callable[[], None]) -> None:
-        if isinstance(piece, Unit):
-            for layer in piece.layers:
+    def announce(piece: _Piece) -> None:
+        if isinstance(piece.work, Unit):
+            for layer in piece.work.layers:
                 source.announce(layer)
 
     for result in in_threads(do, work, workers=workers, upcoming=announce):
@@ -165,6 +171,14 @@ def run_unit(source: TensorSource, passes: Sequence[StreamPass], unit: Unit) -> 
     first, *others = (each.part(unit) for each in passes)
     quantize(One(source, unit), first.plan, first.steps, first.writers, [seen], others)
     return seen.result
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Something to do, and the shards that it reads."""
+
+    shards: tuple[int, ...]
+    work: Unit | Callable[[], None]
 
 
 def _copying(writer: StreamWriter, name: str) -> Callable[[], None]:

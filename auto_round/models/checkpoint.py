@@ -17,6 +17,7 @@ import sys
 import threading
 import weakref
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,9 +103,17 @@ class TensorStore(ABC):
         """The tensor called `name` will soon be read."""
         return None
 
-    def order(self, name: str) -> int:
-        """When the tensor called `name` is best read, as a number; 0 for all when the order does not matter."""
-        return 0
+    def shards(self, name: str) -> tuple[int, ...]:
+        """Numbers of what has to be fetched for the tensor called `name`, best in their order; () when all is here."""
+        return ()
+
+    def expect(self, shards: Counter[int]) -> None:
+        """Each shard stays here, once fetched, until it was `done` as often as it is counted."""
+        return None
+
+    def done(self, shards: Iterable[int]) -> None:
+        """Something that was counted has been read from these shards."""
+        return None
 
     @abstractmethod
     def fingerprint(self) -> str:

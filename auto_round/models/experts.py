@@ -7,6 +7,7 @@ matrix is quantized for itself; so each one is a layer here, known by the name t
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -263,9 +264,17 @@ class ExpertStore(TensorStore):
         """That of a tensor which is no piece of another."""
         return None if name in self.pieces else self.raw.place(name)
 
-    def order(self, name: str) -> int:
-        """That of the tensor that it is a piece of."""
-        return self.raw.order(self.pieces[name].tensor if name in self.pieces else name)
+    def shards(self, name: str) -> tuple[int, ...]:
+        """Those of the tensor that it is a piece of."""
+        return self.raw.shards(self.pieces[name].tensor if name in self.pieces else name)
+
+    def expect(self, shards: Counter[int]) -> None:
+        """Of the stored tensors."""
+        self.raw.expect(shards)
+
+    def done(self, shards: Iterable[int]) -> None:
+        """Of the stored tensors."""
+        self.raw.done(shards)
 
     def announce(self, name: str) -> None:
         """A piece does not lie in one place: only whole tensors are announced."""

@@ -9,7 +9,8 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from auto_round.models.checkpoint import INDEX, Checkpoint, TensorStore, indexed
 
 logger = logging.getLogger("auto_round")
 KEPT = 3
-"""Shards on this machine at a time: two that a set of layers may lie in, and the next one on its way."""
+"""Shards on this machine at a time, unless what is under way needs more: two that a set of layers may lie in, and
+the next one on its way."""
 HEADERS_AT_ONCE = 8
 
 
@@ -48,7 +50,7 @@ class HubShards(TensorStore):
     """
 
     def __init__(self, model: str, folder: Path, shards: Mapping[str, set[str]]) -> None:
-        self.model, self.folder, self._shards = model, folder, list(shards)
+        self.model, self.folder, self._shards = model, folder, sorted(shards, key=natural)
         with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
             headers = dict(zip(self._shards, pool.map(self._header, self._shards), strict=True))
         where, infos = dict[str, str](), dict[str, Any]()
@@ -59,7 +61,8 @@ class HubShards(TensorStore):
         self.infos = {name: infos[name] for name in sorted(infos, key=natural)}
         self._where = where
         # By their names: layers that share something lie in one shard or in neighbours.
-        self._order = {shard: number for number, shard in enumerate(sorted(self._shards, key=natural))}
+        self._number = {shard: number for number, shard in enumerate(self._shards)}
+        self._expected = Counter[int]()
         self._here: dict[str, Future[Checkpoint]] = {}
         self._lock, self._line = threading.Lock(), threading.Lock()
         # Beside the hub's own cache: that is where this machine has room for models.
@@ -85,12 +88,29 @@ class HubShards(TensorStore):
         return self._shard(name).look(name, row)
 
     def announce(self, name: str) -> None:
-        """Begin to download the shard of the tensor called `name`."""
-        self._wanted(self._where[name])
+        """Begin to download the shard of the tensor called `name`, if there is room."""
+        shard = self._where[name]
+        with self._lock:
+            if shard in self._here or not self._make_room():
+                return
+        self._wanted(shard)
 
-    def order(self, name: str) -> int:
+    def shards(self, name: str) -> tuple[int, ...]:
         """The number of its shard."""
-        return self._order[self._where[name]]
+        return (self._number[self._where[name]],)
+
+    def expect(self, shards: Counter[int]) -> None:
+        """Each shard stays here, once fetched, until it was `done` as often as it is counted."""
+        with self._lock:
+            self._expected = Counter(shards)
+
+    def done(self, shards: Iterable[int]) -> None:
+        """What was read for the last time goes at once."""
+        with self._lock:
+            for shard in shards:
+                self._expected[shard] -= 1
+                if self._expected[shard] == 0:
+                    self._drop(self._shards[shard])
 
     def fingerprint(self) -> str:
         """From the name and the commit, which stand for the values, and the tensors' names and shapes."""
@@ -103,17 +123,27 @@ class HubShards(TensorStore):
         return self._wanted(self._where[name]).result()
 
     def _wanted(self, shard: str) -> Future[Checkpoint]:
-        """The open shard, or one on its way; those not asked for longest make room."""
+        """The open shard, or one on its way."""
         with self._lock:
-            future = self._here.pop(shard, None)
-            if future is None:
-                future = Future()
-                # A daemon: a run that is stopped does not wait for gigabytes.
-                threading.Thread(target=self._fetch, args=(shard, future), daemon=True).start()
-            self._here[shard] = future  # last in line
-            while len(self._here) > KEPT:
-                self._here.pop(next(iter(self._here))).add_done_callback(_remove)
+            if shard in self._here:
+                self._here[shard] = self._here.pop(shard)  # last in line
+                return self._here[shard]
+            self._make_room()
+            future = self._here[shard] = Future[Checkpoint]()
+        # A daemon: a run that is stopped does not wait for gigabytes.
+        threading.Thread(target=self._fetch, args=(shard, future), daemon=True).start()
         return future
+
+    def _make_room(self) -> bool:
+        """Whether one more is within `KEPT`, once those have gone that nobody expects to read, the oldest first."""
+        spare = [shard for shard in self._here if self._expected[self._number[shard]] <= 0]
+        for shard in spare[: max(0, len(self._here) + 1 - KEPT)]:
+            self._drop(shard)
+        return len(self._here) < KEPT
+
+    def _drop(self, shard: str) -> None:
+        if shard in self._here:
+            self._here.pop(shard).add_done_callback(_remove)
 
     def _fetch(self, shard: str, future: Future[Checkpoint]) -> None:
         from huggingface_hub import hf_hub_download
@@ -122,7 +152,9 @@ class HubShards(TensorStore):
             with self._line, hub.asking(self.model):  # one at a time: the first one asked for is needed first
                 place = Path(tempfile.mkdtemp(dir=self._scratch))
                 hf_hub_download(self.model, shard, revision=self.folder.name, local_dir=place)
-            future.set_result(Checkpoint(place))
+                future.set_result(
+                    Checkpoint(place)
+                )  # in the line: what has to go is gone before the next comes
         except Exception as error:  # whoever waits for the shard raises it
             future.set_exception(error)
 

@@ -8,7 +8,8 @@ NVFP4 and integers of compressed-tensors, auto-round, GPTQ and AWQ. Partners may
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,10 +102,18 @@ class PlainStore(TensorStore):
         for part in self._derived[name].parts if name in self._derived else (name,):
             self.raw.announce(part)
 
-    def order(self, name: str) -> int:
-        """That of its last part."""
+    def shards(self, name: str) -> tuple[int, ...]:
+        """Those of its parts."""
         parts = self._derived[name].parts if name in self._derived else (name,)
-        return max(self.raw.order(part) for part in parts)
+        return tuple(sorted({shard for part in parts for shard in self.raw.shards(part)}))
+
+    def expect(self, shards: Counter[int]) -> None:
+        """Of the stored tensors."""
+        self.raw.expect(shards)
+
+    def done(self, shards: Iterable[int]) -> None:
+        """Of the stored tensors."""
+        self.raw.done(shards)
 
     def fingerprint(self) -> str:
         """That of the stored tensors."""

@@ -88,9 +88,9 @@ class TensorSource(Source):
         tensor = self.store.look(self.names[layer.tensor])
         return tensor.t() if layer.transposed else tensor
 
-    def order(self, name: str) -> int:
-        """When the weight of the layer `name` is best read, as a number."""
-        return self.store.order(self.names[self.anatomy.layers[name].tensor])
+    def shards(self, name: str) -> tuple[int, ...]:
+        """Those that the weight of the layer `name` lies in, as `TensorStore.shards`."""
+        return self.store.shards(self.names[self.anatomy.layers[name].tensor])
 
     def announce(self, name: str) -> None:
         """The weight of the layer `name` will soon be read."""

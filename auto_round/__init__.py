@@ -14,6 +14,7 @@ _WHERE = {
     "AutoRoundAdam": "auto_round.compat",
     "QuantizationScheme": "auto_round.core.scheme",
     "SignRoundConfig": "auto_round.compat",
+    "AWQConfig": "auto_round.compat",
     "RTNConfig": "auto_round.compat",
     "AutoRoundConfig": "transformers",
 }

@@ -10,10 +10,11 @@ from auto_round.core.plan import Plan
 from auto_round.jobs.starts import start
 from auto_round.models.imatrix import Origin, importance_of, saver
 from auto_round.models.subject import Subject
-from auto_round.options import Options
+from auto_round.options import DUO_SCALING, Options
 from auto_round.recipes import schedule_named
 from auto_round.sources.dataset import Calibration
 from auto_round.sources.dataset_names import name_of
+from auto_round.steps.awq import Awq
 from auto_round.steps.base import Step
 from auto_round.steps.inputs import InputRanges, needs_calibration
 from auto_round.steps.keep import Keep
@@ -40,8 +41,12 @@ def steps_for(
     """
     numbers = options.numbers()
     found: list[Step] = []
+    if options.enable_awq:
+        # Before anything is looked at: weights are others then.
+        duo = DUO_SCALING[str(options.duo_scaling).casefold()]
+        found.append(Awq(n_grid=options.n_grid, duo_scaling=duo))
     if any(scheme.act is not None for scheme in plan.values()):
-        # First: the other steps run blocks with quantized inputs.
+        # Before the others: they run blocks with quantized inputs.
         found.append(InputRanges(calibrated=needs_calibration(plan), percentile=options.act_percentile))
     kind = options.start_of(numbers)
     before = start(kind)

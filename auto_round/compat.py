@@ -49,6 +49,24 @@ class RTNConfig:
         return replace(options, iters=0, algorithm="opt_rtn", disable_opt_rtn=self.disable_opt_rtn)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AWQConfig:
+    """Settings of AWQ for ``alg_configs``, which may have those of the rounding beside it."""
+
+    duo_scaling: bool | str = True
+    n_grid: int = 20
+
+    def merged(self, options: Options) -> Options:
+        """`options` with AWQ before the rounding they say, or before optimised rounding."""
+        return replace(
+            options,
+            enable_awq=True,
+            algorithm=options.algorithm or "opt_rtn",
+            duo_scaling=self.duo_scaling,
+            n_grid=self.n_grid,
+        )
+
+
 PATHS = {
     "auto_round.schemes": {
         "QuantizationScheme": "auto_round.core.scheme:QuantizationScheme",
@@ -57,6 +75,9 @@ PATHS = {
     "auto_round.algorithms.quantization.sign_round.config": {
         "SignRoundConfig": "auto_round.compat:SignRoundConfig"
     },
+    # The guide's path and upstream's.
+    "auto_round.algorithms.quantization.awq.config": {"AWQConfig": "auto_round.compat:AWQConfig"},
+    "auto_round.algorithms.transforms.awq.config": {"AWQConfig": "auto_round.compat:AWQConfig"},
     "auto_round.algorithms.quantization.rtn.config": {"RTNConfig": "auto_round.compat:RTNConfig"},
 }
 """Documented module path -> name in it -> where the name lives; "()" means: the result of calling it."""

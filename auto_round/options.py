@@ -41,6 +41,9 @@ class Options:
     recipe: str = "default"
     algorithm: str | None = None
     start: str | None = None
+    enable_awq: bool = False
+    duo_scaling: bool | str = True
+    n_grid: int = 20
     alg_configs: Any = None
     iters: int | None = None
     lr: float | None = None
@@ -139,6 +142,22 @@ class Options:
             if value is not None and (isinstance(value, bool) or value < least):  # True is 1 to Python
                 raise PlanError(f"{name} must be {least} or more, got {value!r}")
 
+    def check_awq(self) -> None:
+        """Raise PlanError for what does not go with AWQ, or is about it alone."""
+        if str(self.duo_scaling).casefold() not in DUO_SCALING:
+            raise PlanError(f"duo_scaling must be one of {', '.join(DUO_SCALING)}, got {self.duo_scaling!r}")
+        if self.enable_awq:
+            for name in NOT_WITH_AWQ:
+                if getattr(self, name) is not None:
+                    raise PlanError(
+                        f"{name}={getattr(self, name)!r} is about inputs as they are, and awq changes their size: "
+                        "leave one of them out"
+                    )
+        elif DUO_SCALING[str(self.duo_scaling).casefold()] is not True or self.n_grid != 20:
+            raise PlanError(
+                "duo_scaling and n_grid are about awq: give algorithm='awq' too, or leave them out"
+            )
+
     def numbers(self) -> Recipe:
         """The recipe's numbers with what was said explicitly."""
         base = recipe_named(self.recipe)
@@ -180,8 +199,15 @@ ALIASES = {
     "dtype": "data_type",
     "act_dtype": "act_data_type",
     "algorithms": "algorithm",
+    "awq_duo_scaling": "duo_scaling",
+    "awq_n_grid": "n_grid",
 }
 """Other spellings of keywords."""
+
+DUO_SCALING = {"true": True, "false": False, "both": None}
+"""Whether AWQ goes by the size of weights too, as it is written: None tries both."""
+
+NOT_WITH_AWQ = ("imatrix", "save_imatrix", "static_kv_dtype")
 
 STARTS = ("gptq", "search", "none")
 
@@ -189,6 +215,7 @@ AT_LEAST = {
     "iters": 0,
     "workers": 1,
     "nblocks": 1,
+    "n_grid": 2,
     "nsamples": 0,
     "seqlen": 1,
     "batch_size": 1,

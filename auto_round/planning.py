@@ -17,7 +17,7 @@ from auto_round.formats.base import Format, parse_formats
 from auto_round.models.anatomy import experts_of
 from auto_round.models.subject import Subject, check_sources
 from auto_round.options import DEFAULT_SCHEME, Options
-from auto_round.recipes import algorithm_named
+from auto_round.recipes import BEFOREHAND, algorithm_named
 
 logger = logging.getLogger("auto_round")
 MIXED_SCHEME = "W4A16_MIXED"
@@ -30,14 +30,22 @@ def settled(options: Options) -> Options:
         if options.algorithm is not None:
             raise PlanError("give algorithm or alg_configs, not both")
         for config in configs if isinstance(configs, (list, tuple)) else [configs]:
-            options = (
-                config.merged(options) if not isinstance(config, str) else replace(options, algorithm=config)
-            )
+            if isinstance(config, str):
+                earlier = f"{options.algorithm}," if options.algorithm else ""
+                options = replace(options, algorithm=earlier + config)
+            else:
+                options = config.merged(options)
     if options.algorithm is not None:
         names = {algorithm_named(part) for part in options.algorithm.split(",") if part.strip()}
-        if len(names) != 1:
-            raise PlanError(f"algorithm {options.algorithm!r}: give exactly one of them")
-        options = replace(options, algorithm=names.pop())
+        before, rounding = names & set(BEFOREHAND), names - set(BEFOREHAND)
+        if len(rounding) > 1 or not names:
+            raise PlanError(
+                f"algorithm {options.algorithm!r}: give one that rounds, and {', '.join(BEFOREHAND)} before it if wanted"
+            )
+        alone = "sign_round" if options.iters else "opt_rtn"
+        chosen = rounding.pop() if rounding else alone
+        options = replace(options, algorithm=chosen, enable_awq=options.enable_awq or "awq" in before)
+    options.check_awq()
     return options
 
 

@@ -30,6 +30,7 @@ RECIPES = {
     "opt_rtn": ["--iters", "0", "--enable_opt_rtn"],
     "light": ["--iters", "50", "--lr", "5e-3"],
     "default": ["--iters", "200"],
+    "awq": ["--algorithm", "awq"],
     "short": ["--iters", "50"],
 }
 

@@ -109,9 +109,16 @@ class Tuning:
             "algorithms",
             "alg",
             "algs",
-            help="auto_round, sign_round_published, gptq, opt_rtn or rtn.",
+            help="auto_round, sign_round_published, gptq, opt_rtn or rtn; awq, alone or before one of them.",
         ),
     ] = None
+    duo_scaling: Annotated[
+        str,
+        _flag("duo-scaling", "awq-duo-scaling", help="AWQ by the size of weights too: true, false or both."),
+    ] = "true"
+    n_grid: Annotated[
+        int, _flag("n-grid", "awq-n-grid", help="AWQ: factors tried for each set of channels.")
+    ] = 20
     start: Annotated[Text, _flag("start", help="Before tuning: gptq (default), search or none.")] = None
     iters: Annotated[Number, _flag("iters", "iter", help="Sign steps per block; 0: round to nearest.")] = None
     lr: Annotated[Real, _flag("lr", help="Step size; default 1 / iters.")] = None

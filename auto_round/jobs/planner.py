@@ -130,7 +130,9 @@ class Making:
     def rehearsed(self, at_once: int, iters: int | None = None) -> tuple[Pass, Packed]:
         """(the same with a writer that drops what it gets, that writer)."""
         writer = Packed(self.formats)
-        return Pass(self.plan, self.steps(at_once, iters), [writer]), writer
+        # The block is run for real later, from weights as they are.
+        steps = [step for step in self.steps(at_once, iters) if not step.reshapes]
+        return Pass(self.plan, steps, [writer]), writer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -128,7 +128,9 @@ def quantize_block(block: Block, job: Pass) -> tuple[Fakes, BlockReport]:
     """(what the weights become, what the steps found out) for one block."""
     report, specs = BlockReport(kept="plain"), specs_of(block, job.plan)
     check_finite(block, specs)
-    block.tied, block.rewritten = tied(block, specs, job.plan), {}
+    for step in job.steps:
+        step.reshape(block, job.plan)
+    block.tied, block.rewritten = tied(block, specs, job.plan), dict(block.folded)
     knobs: dict[str, Knobs] = dict(block.tied)
     for step in job.steps:
         knobs = step.block(block, job.plan, knobs, report)

@@ -12,6 +12,7 @@ from torch import Tensor
 from auto_round.core.errors import AutoRoundError
 from auto_round.core.quantized import Knobs
 from auto_round.core.scheme import TensorSpec
+from auto_round.sources.channels import Channels
 
 
 class Needs(IntEnum):
@@ -40,6 +41,9 @@ class Block(ABC):
     rewritten: Mapping[str, Tensor] = MappingProxyType({})
     """Those of them that a step has changed."""
 
+    folded: Mapping[str, Tensor] = MappingProxyType({})
+    """Norms and biases that `scale_channels` has changed, under their names, in storage dtype."""
+
     tokens: Mapping[str, int] = MappingProxyType({})
     """Expert ("model.layers.0.mlp.experts.3") -> calibration tokens that its router sent to it."""
     starved: Collection[str] = ()
@@ -59,6 +63,17 @@ class Block(ABC):
         acts: layer -> (spec, what was calibrated of its range), which `inputs` then tells.
         """
         self.inputs = {name: fixed for name, (_, fixed) in acts.items()}
+
+    def channels(self) -> Iterator[Channels]:
+        """Channels that `scale_channels` may scale; found one after the other, so they can be scaled in between."""
+        return iter(())
+
+    def scale_channels(self, channels: Channels, factors: Tensor) -> None:
+        """Divide what makes `channels` by `factors` (I,), and multiply the weights that read them.
+
+        The block computes the same; `weights`, importance and `folded` follow.
+        """
+        raise AutoRoundError(f"{self.name}: this source cannot scale channels")
 
     def target(self, rows: Sequence[int]) -> Tensor:
         """Output of the original block for the samples `rows`: (B, T, H) float32."""

@@ -25,6 +25,7 @@ from auto_round.models.experts import Experts
 from auto_round.models.window import CallsInTurn, Chained, window_name, window_prefix
 from auto_round.sources.activations import InputGrid, Limits, quantized_inputs
 from auto_round.sources.base import Block
+from auto_round.sources.channels import Channels, Scaler
 from auto_round.sources.expert_inputs import BlockExperts, quantized_expert_inputs
 from auto_round.sources.moments import Moments
 from auto_round.sources.rows import FileRows, MemoryRows, Notices, Rows
@@ -113,9 +114,7 @@ class LiveBlock(Block):
                 module.get_submodule(self._inside(n)), torch.device(execution.layers[n]), execution.device
             )
         ]
-        self.weights = {
-            n: layer.matrix(self._parameter(layer.parameter).detach()) for n, layer in layers.items()
-        }
+        self.weights: dict[str, Tensor] = {name: self._matrix(name) for name in layers}
         self._moments: dict[str, Moments] = {}
         self._limits: dict[str, Limits] = {}
         self._grids: dict[str, InputGrid] = {}
@@ -222,6 +221,61 @@ class LiveBlock(Block):
         """By hooks on the layers' modules, and in place of fused experts' forward, while the block runs."""
         super().quantize_inputs(acts)
         self._grids = {name: InputGrid(*act) for name, act in acts.items()}
+
+    def channels(self) -> Iterator[Channels]:
+        """Of layers whose inputs were gathered, by running the first sample."""
+        groups: dict[int, list[str]] = {}
+        for name, moments in self._moments.items():
+            if name in self._layers and self._layers[name].piece is None:
+                groups.setdefault(id(moments), []).append(name)
+        self._scaler = self._make_scaler()
+        yield from self._scaler.find([tuple(names) for names in groups.values()])
+
+    def scale_channels(self, channels: Channels, factors: Tensor) -> None:
+        """In the module, so that it computes the same, with and without given weights."""
+        applied = self._scaler.scale(channels, factors)
+        self._moments[channels.readers[0]].divide(applied)  # all of them have the same
+        for name in channels.readers:
+            self._limits.pop(name, None)  # those of inputs as they were
+        changed = [] if channels.norm else [channels.maker]
+        for name in (*channels.readers, *changed):
+            # From now on the module has what is quantized; the tensor as stored does not any more.
+            self.weights[name] = self._matrix(name)
+        path = self._path(channels)
+        vectors = self._scaler.of_maker(channels)
+        kept = vectors if channels.norm else {key: t for key, t in vectors.items() if key == "bias"}
+        self.folded = {
+            **self.folded,
+            **{f"{self._prefix}{path}.{key}": t.to(self._dtypes[f"{path}.{key}"]) for key, t in kept.items()},
+        }
+
+    def _make_scaler(self) -> Scaler:
+        plain = [name for name, layer in self._layers.items() if layer.piece is None]
+        biases = {name: self._submodule(name).bias for name in plain}
+
+        def run() -> Tensor:
+            before, self._execution = self._execution, replace(self._execution, amp=None)
+            try:
+                return self._forward(self._chain.quantized, [0], None)
+            finally:
+                self._execution = before
+
+        return Scaler(
+            self.module,
+            {name: self._matrix(name) for name in plain},
+            {name: bias for name, bias in biases.items() if isinstance(bias, Tensor)},
+            run,
+            lambda channels, key: self._dtypes[f"{self._path(channels)}.{key}"],
+        )
+
+    def _path(self, channels: Channels) -> str:
+        """Of the maker of `channels`, as seen from this block."""
+        return channels.maker if channels.norm else self._inside(channels.maker)
+
+    def _matrix(self, layer: str) -> Tensor:
+        """The weight (O, I) that the module has, float32 once the block is attached."""
+        found = self._layers[layer]
+        return found.matrix(self._parameter(found.parameter).detach())
 
     def batches(self) -> Iterator[list[int]]:
         """All samples, in order, in groups of the batch size."""

@@ -25,6 +25,10 @@ class Moments:
             else:
                 self._sum.add_(x.square().sum(0))
 
+    def divide(self, factors: Tensor) -> None:
+        """Go on as if every channel of X had been divided by `factors` (I,)."""
+        self._sum.div_(factors.outer(factors) if self._sum.ndim == 2 else factors.square())
+
     def shrunk(self) -> Tensor:
         """The sums, with what is beside the diagonal times N / (N + I); nothing can be added afterwards.
 

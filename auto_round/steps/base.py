@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,13 @@ class Step(ABC):
 
     def prepare(self, source: Source, plan: Plan) -> None:
         """Called once before the first block."""
+        return None
+
+    reshapes: ClassVar[bool] = False
+    """Whether `reshape` changes blocks, which must happen once only."""
+
+    def reshape(self, block: Block, plan: Plan) -> None:
+        """Called before anything is looked at: change weights in a way that leaves what the block computes."""
         return None
 
     @abstractmethod

@@ -163,7 +163,7 @@ class SignRound(Step):
         candidates["tuned"] = {name: {**candidates[start].get(name, NEUTRAL), **best[name]} for name in specs}
         report.kept = "tuned" if self.published else min(report.losses, key=lambda name: report.losses[name])
         if report.kept == "tuned":
-            block.rewritten = vectors.best()
+            block.rewritten = {**block.rewritten, **vectors.best()}
         return candidates[report.kept]
 
     def _floor(self, block: Block, rows: list[int]) -> float:

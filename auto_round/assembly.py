@@ -42,6 +42,11 @@ def steps_for(
     numbers = options.numbers()
     found: list[Step] = []
     if options.enable_awq:
+        if subject.files.packed:
+            raise PlanError(
+                "awq changes weights, and those of this model are quantized already: their grids would be lost. "
+                "Give the original model, or leave awq out"
+            )
         # Before anything is looked at: weights are others then.
         duo = DUO_SCALING[str(options.duo_scaling).casefold()]
         found.append(Awq(n_grid=options.n_grid, duo_scaling=duo))

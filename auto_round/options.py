@@ -42,7 +42,7 @@ class Options:
     algorithm: str | None = None
     start: str | None = None
     enable_awq: bool = False
-    duo_scaling: bool | str = True
+    duo_scaling: bool | str = "true"
     n_grid: int = 20
     alg_configs: Any = None
     iters: int | None = None

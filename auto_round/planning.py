@@ -40,7 +40,7 @@ def settled(options: Options) -> Options:
         before, rounding = names & set(BEFOREHAND), names - set(BEFOREHAND)
         if len(rounding) > 1 or not names:
             raise PlanError(
-                f"algorithm {options.algorithm!r}: give one that rounds, and {', '.join(BEFOREHAND)} before it if wanted"
+                f"algorithm {options.algorithm!r}: give one that rounds, {', '.join(BEFOREHAND)} before it if wanted"
             )
         alone = "sign_round" if options.iters else "opt_rtn"
         chosen = rounding.pop() if rounding else alone
@@ -169,7 +169,7 @@ def weights_alone(options: Options, base: Scheme) -> bool:
     """Whether weights are all that this job will look at, whatever data there is."""
     numbers = options.numbers()
     plain = options.model_free or (numbers.iters == 0 and numbers.disable_opt_rtn)
-    if options.save_imatrix is not None:
+    if options.save_imatrix is not None or (options.enable_awq and not options.model_free):
         return False
     given = schemes_of(parse_layer_config(options.layer_config), base, preset).values()
     acts = [scheme.act for scheme in (base, *given) if scheme.act is not None]

@@ -271,7 +271,7 @@ def test_a_model_that_only_claims_to_be_quantized_is_refused(model, tmp_path, me
         ({"act_dynamic": False}, SchemeError, ["act_dynamic=False", "act_bits"]),
         ({"recipe": "bets"}, PlanError, ["'bets'", "Did you mean 'best'"]),
         ({"algorithm": "sign_ruond"}, PlanError, ["'sign_ruond'", "Did you mean 'sign_round'"]),
-        ({"algorithm": "awq"}, NotYetError, ["'awq'", "not there yet"]),
+        ({"algorithm": "svdquant"}, NotYetError, ["'svdquant'", "not there yet"]),
         ({"iters": -1}, PlanError, ["iters", "0 or more", "-1"]),
         ({"batch_size": 0}, PlanError, ["batch_size", "1 or more", "0"]),
         ({"max_shard_size": "5 potatoes"}, PlanError, ["5 potatoes", "5GB"]),

@@ -246,8 +246,6 @@ class Later:
     schemes: Annotated[Text, _flag("schemes")] = None
     shared_layers: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ()
     ignore_scale_zp_bits: Annotated[bool, _switch("ignore-scale-zp-bits")] = False
-    duo_scaling: Annotated[Text, _flag("duo-scaling", "awq-duo-scaling")] = None
-    n_grid: Annotated[Number, _flag("n-grid", "awq-n-grid")] = None
     rotation_type: Annotated[Text, _flag("rotation-type")] = None
     rotation_config: Annotated[Text, _flag("rotation-config")] = None
     static_attention_dtype: Annotated[Text, _flag("static-attention-dtype")] = None
@@ -281,7 +279,6 @@ WHAT = {
         ("avg_bits", "options", "schemes", "shared_layers", "ignore_scale_zp_bits"),
         "choosing bits per layer (AutoScheme)",
     ),
-    **dict.fromkeys(("duo_scaling", "n_grid"), "AWQ"),
     **dict.fromkeys(("rotation_type", "rotation_config"), "rotation"),
     "static_attention_dtype": "quantizing attention",
     **dict.fromkeys(

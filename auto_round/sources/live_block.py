@@ -119,6 +119,7 @@ class LiveBlock(Block):
         self._limits: dict[str, Limits] = {}
         self._grids: dict[str, InputGrid] = {}
         self._free: list[nn.Parameter] = []
+        self._scaler: Scaler | None = None
 
     def attach(self, chain: Chain, calls: Calls | CallsInTurn, valid: Tensor | None) -> None:
         """Give the block its inputs, after which it can be run."""
@@ -228,11 +229,12 @@ class LiveBlock(Block):
         for name, moments in self._moments.items():
             if name in self._layers and self._layers[name].piece is None:
                 groups.setdefault(id(moments), []).append(name)
-        self._scaler = self._make_scaler()
-        yield from self._scaler.find([tuple(names) for names in groups.values()])
+        scaler = self._scaler = self._make_scaler()
+        yield from scaler.find([tuple(names) for names in groups.values()])
 
     def scale_channels(self, channels: Channels, factors: Tensor) -> None:
         """In the module, so that it computes the same, with and without given weights."""
+        assert self._scaler is not None, "channels are found before they are scaled"
         applied = self._scaler.scale(channels, factors)
         self._moments[channels.readers[0]].divide(applied)  # all of them have the same
         for name in channels.readers:
@@ -366,6 +368,7 @@ class LiveBlock(Block):
 
     def release(self) -> None:
         """Leave the module without what was put on it: all layers run where their weights are, and can be trained."""
+        self._scaler = None  # it runs this block: the two would keep each other, and all weights, in memory
         for hook in self._moves:
             hook.remove()
         self._run_eagerly()

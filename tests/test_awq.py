@@ -21,7 +21,7 @@ from auto_round.sources.live_block import Execution
 FOUND = {
     "llama": ["input_layernorm>q k v", "post_attention_layernorm>gate up", "up>down"],
     "gemma2": ["input_layernorm+1>q k v", "pre_feedforward_layernorm+1>gate up", "up>down"],
-    "opt": ["self_attn_layer_norm>q k v", "v>out", "final_layer_norm>fc1", "fc1>fc2"],
+    "opt": ["self_attn_layer_norm>k v q", "v>out", "final_layer_norm>fc1", "fc1>fc2"],
     "gpt2": ["ln_1>c_attn", "ln_2>c_fc"],
     "gpt-neox": ["input_layernorm>query_key_value", "post_attention_layernorm>dense_h_to_4h"],
     "phi": ["input_layernorm>q k v fc1"],
@@ -184,6 +184,16 @@ def test_what_does_not_go_together_is_refused(options, words, tmp_path):
     tiny("llama", tmp_path / "m")
     with pytest.raises(PlanError, match=re.escape(words)):
         AutoRound(tmp_path / "m", **options).quantize_and_save(tmp_path / "out")
+
+
+def test_a_model_that_is_quantized_already_is_refused(tmp_path):
+    tiny("llama", tmp_path / "m")
+    AutoRound(tmp_path / "m", algorithm="rtn", group_size=32).quantize_and_save(tmp_path / "q")
+    with pytest.raises(PlanError, match="those of this model are quantized already"):
+        AutoRound(tmp_path / "q", algorithm="awq", dataset=samples(8, 16), **QUICK).quantize_and_save(
+            tmp_path / "out"
+        )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

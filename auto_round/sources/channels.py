@@ -30,28 +30,30 @@ class Channels:
     norm: bool = False
     plus: float = 0.0
 
+    def layers(self) -> tuple[str, ...]:
+        """All layers whose weights change with the sizes."""
+        return self.readers if self.norm else (*self.readers, self.maker)
+
 
 class Scaler:
     """Finds and scales channels of the block `module`.
 
-    matrices: layer -> its weight (O, I), a float32 view of the module's parameter. biases: layer -> its bias, if any.
-    run: the block's output on a sample. stored: dtype of the "weight" or "bias" of a maker in the checkpoint.
+    paths: layer -> where it is in the module. matrices: layer -> its weight (O, I), a float32 view of the parameter.
+    run: the block's output on a sample. stored: path of a parameter -> its dtype in the checkpoint.
     """
 
     def __init__(
         self,
         module: nn.Module,
+        paths: Mapping[str, str],
         matrices: Mapping[str, Tensor],
-        biases: Mapping[str, Tensor],
         run: Callable[[], Tensor],
-        stored: Callable[[Channels, str], torch.dtype],
+        stored: Mapping[str, torch.dtype],
     ) -> None:
-        self._matrices, self._biases, self._run, self._stored = matrices, biases, run, stored
-        self._norms = {
-            path: norm
-            for path, norm in module.named_modules()
-            if "norm" in type(norm).__name__.lower() and isinstance(getattr(norm, "weight", None), Tensor)
-        }
+        self._paths, self._matrices, self._run, self._stored = paths, matrices, run, stored
+        self._parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+        norms = (path for path, each in module.named_modules() if "norm" in type(each).__name__.lower())
+        self._norms = [path for path in norms if f"{path}.weight" in self._parameters]
 
     @torch.no_grad()
     def find(self, groups: Sequence[tuple[str, ...]]) -> Iterator[Channels]:
@@ -68,8 +70,8 @@ class Scaler:
     def _makers(self, readers: tuple[str, ...]) -> Iterator[Channels]:
         """What may have made the inputs of `readers`, by its size."""
         width = self._matrices[readers[0]].shape[1]
-        for path, norm in self._norms.items():
-            if norm.weight.shape == (width,):
+        for path in self._norms:
+            if self._parameters[f"{path}.weight"].shape == (width,):
                 for plus in (0.0, 1.0):
                     yield Channels(path, readers, width, norm=True, plus=plus)
         for name, matrix in self._matrices.items():
@@ -78,7 +80,7 @@ class Scaler:
 
     def _may_be_scaled(self, channels: Channels, before: Tensor) -> bool:
         """Whether the block still puts out `before` with other sizes of `channels`; they are left as they were."""
-        tensors = [*self.of_maker(channels).values(), *(self._matrices[name] for name in channels.readers)]
+        tensors = [*self._of_maker(channels).values(), *(self._matrices[name] for name in channels.readers)]
         kept = [tensor.clone() for tensor in tensors]
         # Powers of two: what is left of them in the output is a difference, not rounding.
         power = torch.arange(channels.width, device=tensors[0].device) % 3 - 1
@@ -88,14 +90,21 @@ class Scaler:
             tensor.copy_(values)
         return bool((after - before).norm() <= SAME * before.norm())
 
-    def of_maker(self, channels: Channels) -> dict[str, Tensor]:
+    def _path(self, channels: Channels) -> str:
+        return channels.maker if channels.norm else self._paths[channels.maker]
+
+    def _of_maker(self, channels: Channels) -> dict[str, Tensor]:
         """Weight and, if there is one, bias of the maker, under these words."""
-        if channels.norm:
-            norm = self._norms[channels.maker]
-            both = {"weight": norm.weight, "bias": getattr(norm, "bias", None)}
-        else:
-            both = {"weight": self._matrices[channels.maker], "bias": self._biases.get(channels.maker)}
-        return {key: tensor.detach() for key, tensor in both.items() if isinstance(tensor, Tensor)}
+        path = self._path(channels)
+        weight = self._parameters[f"{path}.weight"] if channels.norm else self._matrices[channels.maker]
+        bias = self._parameters.get(f"{path}.bias")
+        return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+
+    def stored_vectors(self, channels: Channels) -> dict[str, Tensor]:
+        """Path -> value, in storage dtype, of what the maker has besides a matrix."""
+        path, found = self._path(channels), self._of_maker(channels)
+        kept = [key for key in found if channels.norm or key == "bias"]
+        return {f"{path}.{key}": found[key].to(self._stored[f"{path}.{key}"]) for key in kept}
 
     @torch.no_grad()
     def scale(self, channels: Channels, factors: Tensor, *, exact: bool = False) -> Tensor:
@@ -105,9 +114,9 @@ class Scaler:
         """
 
         def held(values: Tensor, key: str) -> Tensor:
-            return values if exact else values.to(self._stored(channels, key)).float()
+            return values if exact else values.to(self._stored[f"{self._path(channels)}.{key}"]).float()
 
-        vectors = self.of_maker(channels)
+        vectors = self._of_maker(channels)
         weight = vectors["weight"]
         factors = factors.to(weight.device)
         if channels.norm:

@@ -27,7 +27,7 @@ from auto_round.sources.activations import InputGrid, Limits, quantized_inputs
 from auto_round.sources.base import Block
 from auto_round.sources.channels import Channels, Scaler
 from auto_round.sources.expert_inputs import BlockExperts, quantized_expert_inputs
-from auto_round.sources.moments import Moments
+from auto_round.sources.moments import Moments, sharing
 from auto_round.sources.rows import FileRows, MemoryRows, Notices, Rows
 
 logger = logging.getLogger("auto_round")
@@ -225,54 +225,33 @@ class LiveBlock(Block):
 
     def channels(self) -> Iterator[Channels]:
         """Of layers whose inputs were gathered, by running the first sample."""
-        groups: dict[int, list[str]] = {}
-        for name, moments in self._moments.items():
-            if name in self._layers and self._layers[name].piece is None:
-                groups.setdefault(id(moments), []).append(name)
-        scaler = self._scaler = self._make_scaler()
-        yield from scaler.find([tuple(names) for names in groups.values()])
+        paths = {name: self._inside(name) for name, layer in self._layers.items() if layer.piece is None}
+        groups = sharing({name: self._moments[name] for name in paths if name in self._moments})
+        matrices = {name: self._matrix(name) for name in paths}
+        scaler = self._scaler = Scaler(self.module, paths, matrices, self._run_exactly, self._dtypes)
+        yield from scaler.find(groups)
 
     def scale_channels(self, channels: Channels, factors: Tensor) -> None:
         """In the module, so that it computes the same, with and without given weights."""
         assert self._scaler is not None, "channels are found before they are scaled"
-        applied = self._scaler.scale(channels, factors)
-        self._moments[channels.readers[0]].divide(applied)  # all of them have the same
+        self._moments[channels.readers[0]].divide(
+            self._scaler.scale(channels, factors)
+        )  # shared by all of them
         for name in channels.readers:
             self._limits.pop(name, None)  # those of inputs as they were
-        changed = [] if channels.norm else [channels.maker]
-        for name in (*channels.readers, *changed):
+        for name in channels.layers():
             # From now on the module has what is quantized; the tensor as stored does not any more.
             self.weights[name] = self._matrix(name)
-        path = self._path(channels)
-        vectors = self._scaler.of_maker(channels)
-        kept = vectors if channels.norm else {key: t for key, t in vectors.items() if key == "bias"}
-        self.folded = {
-            **self.folded,
-            **{f"{self._prefix}{path}.{key}": t.to(self._dtypes[f"{path}.{key}"]) for key, t in kept.items()},
-        }
+        vectors = self._scaler.stored_vectors(channels)
+        self.folded = {**self.folded, **{self._prefix + path: vector for path, vector in vectors.items()}}
 
-    def _make_scaler(self) -> Scaler:
-        plain = [name for name, layer in self._layers.items() if layer.piece is None]
-        biases = {name: self._submodule(name).bias for name in plain}
-
-        def run() -> Tensor:
-            before, self._execution = self._execution, replace(self._execution, amp=None)
-            try:
-                return self._forward(self._chain.quantized, [0], None)
-            finally:
-                self._execution = before
-
-        return Scaler(
-            self.module,
-            {name: self._matrix(name) for name in plain},
-            {name: bias for name, bias in biases.items() if isinstance(bias, Tensor)},
-            run,
-            lambda channels, key: self._dtypes[f"{self._path(channels)}.{key}"],
-        )
-
-    def _path(self, channels: Channels) -> str:
-        """Of the maker of `channels`, as seen from this block."""
-        return channels.maker if channels.norm else self._inside(channels.maker)
+    def _run_exactly(self) -> Tensor:
+        """The first sample through the block as it is, in float32."""
+        before, self._execution = self._execution, replace(self._execution, amp=None)
+        try:
+            return self._forward(self._chain.quantized, [0], None)
+        finally:
+            self._execution = before
 
     def _matrix(self, layer: str) -> Tensor:
         """The weight (O, I) that the module has, float32 once the block is attached."""
@@ -393,15 +372,8 @@ class LiveBlock(Block):
     @property
     def vectors(self) -> Mapping[str, Tensor]:  # type: ignore[override]
         """Weights and biases of norms, biases of layers."""
-        norms = {
-            f"{path}.{name}": parameter
-            for path, module in self.module.named_modules()
-            if "norm" in type(module).__name__.lower()
-            for name, parameter in module.named_parameters(recurse=False)
-        }
         plain = [self._inside(name) for name, layer in self._layers.items() if layer.piece is None]
-        biases = {f"{path}.bias": self.module.get_submodule(path).bias for path in plain}
-        found = {path: vector for path, vector in {**norms, **biases}.items() if vector is not None}
+        found = norms_and_biases(self.module, plain)
         return {self._prefix + path: v.detach().to(self._dtypes[path]) for path, v in found.items()}
 
     def _inside(self, name: str) -> str:
@@ -410,6 +382,18 @@ class LiveBlock(Block):
 
     def _parameter(self, name: str) -> nn.Parameter:
         return self.module.get_parameter(self._inside(name))
+
+
+def norms_and_biases(module: nn.Module, layers: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Path -> the parameters of the norms in `module`, and the biases of `layers`, paths in it."""
+    found = {
+        f"{path}.{name}": parameter
+        for path, each in module.named_modules()
+        if "norm" in type(each).__name__.lower()
+        for name, parameter in each.named_parameters(recurse=False)
+    }
+    biases = {f"{path}.bias": module.get_submodule(path).bias for path in layers}
+    return found | {path: bias for path, bias in biases.items() if isinstance(bias, nn.Parameter)}
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -41,3 +43,11 @@ class Moments:
             self._sum.mul_(self._tokens / (self._tokens + len(own))).diagonal().copy_(own)
         self._settled = True
         return self._sum
+
+
+def sharing(moments: Mapping[str, Moments]) -> list[tuple[str, ...]]:
+    """The layers in sets with the very same inputs, and so the same moments, in order."""
+    found: dict[int, list[str]] = {}
+    for name, own in moments.items():
+        found.setdefault(id(own), []).append(name)
+    return [tuple(names) for names in found.values()]

@@ -116,10 +116,11 @@ def _eligible(channels: Channels, specs: dict[str, TensorSpec], plan: Plan) -> b
     for name in channels.readers:
         if name not in specs or ((act := plan[name].act) is not None and not act.dynamic):
             return False
+    if channels.norm:
+        return True
+    maker = specs.get(channels.maker)
     # A matrix with one scale for all of it would lose by rows of different size.
-    return channels.norm or (
-        channels.maker in specs and codec_of(spec := specs[channels.maker]).holds_grid(spec)
-    )
+    return maker is not None and codec_of(maker).holds_grid(maker)
 
 
 def _some_rows(weight: Tensor) -> Tensor:

@@ -78,9 +78,12 @@ SETTINGS = {
 
 def run_quietly(command: list[str], log: Path) -> int:
     """Run `command` on one thread and without network, its output appended to `log`; return its exit code."""
+    environment = os.environ | SETTINGS
+    environment.pop("PYTHONPATH", None)
     with open(log, "a") as file:
+        # Elsewhere: from this repository `-m auto_round` would be ours, whoever's environment it is.
         return subprocess.run(
-            command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | SETTINGS
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=log.parent
         ).returncode
 
 
@@ -208,13 +211,13 @@ def parse(arguments: list[str]) -> tuple[Run, list[str]]:
     parser.add_argument("--cells", default="")
     parser.add_argument("--models", default="novelist,qwen3,planted")
     given = parser.parse_args(arguments)
-    cells, models = given.cells.split(","), {"novelist": given.model}
-    models |= {name: given.work / "models" / name for name in ("qwen3", "planted")}
+    cells, models = given.cells.split(","), {"novelist": given.model.resolve()}
+    models |= {name: given.work.resolve() / "models" / name for name in ("qwen3", "planted")}
     run = Run(
-        work=given.work,
-        venvs=given.venvs,
+        work=given.work.resolve(),
+        venvs=given.venvs.absolute(),  # links of a venv must stay links
         dataset=given.dataset.resolve(),
-        source=given.model,
+        source=given.model.resolve(),
         models={name: path for name, path in models.items() if name in given.models.split(",")},
         cells=[cell for cell in CELLS if given.cells == "" or cell.name in cells],
         sides=tuple(given.sides.split(",")),

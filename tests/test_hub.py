@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import threading
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub.constants as hub
@@ -13,7 +14,8 @@ from models import tiny, tokenizer
 
 from auto_round import AutoRound
 from auto_round.core.errors import ModelError
-from auto_round.models.hub_shards import KEPT
+from auto_round.models.checkpoint import Checkpoint
+from auto_round.models.hub_shards import KEPT, open_shards
 
 SMALL = {"group_size": 32, "model_free": True, "workers": 1}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -198,6 +200,55 @@ def test_a_shard_that_always_breaks_off_names_the_model_and_the_same_call_goes_o
     server.failures = 0
     AutoRound("owner/name", **SMALL, resume=True).quantize_and_save(tmp_path / "out")
     assert tree(tmp_path / "out") == tree(tmp_path / "local")
+
+
+@pytest.fixture
+def opened(sharded, serve, tmp_path):
+    """(the shards of a hub model, its hub, and a function from shard numbers to one tensor's name in each)."""
+    server = serve(files=sharded)
+    shards = open_shards("owner/name")
+    first = {shards.shards(name)[0]: name for name in shards.infos}
+    return shards, server, lambda *numbers: [first[number] for number in numbers]
+
+
+def fetched(server):
+    """How often shards were asked for as a whole."""
+    return sum(verb == "GET" and name.endswith(".safetensors") for verb, name in server.asked)
+
+
+def test_a_shard_goes_when_it_was_read_as_often_as_expected_and_not_before(opened, tmp_path):
+    shards, server, named = opened
+    shards.expect(Counter({0: 2}))
+    for name in named(0, 1, 2, 3, 4):  # more than are kept: the first is still expected
+        shards.get(name)
+    shards.done([0])
+    shards.get(*named(0))
+    assert fetched(server) == 5
+    shards.done([0])
+    assert len(shards_in(tmp_path / "cache")) == KEPT - 1
+    shards.get(*named(0))
+    assert fetched(server) == 6
+
+
+def test_announcing_fetches_ahead_only_where_there_is_room(opened):
+    shards, server, named = opened
+    shards.expect(Counter(dict.fromkeys(range(6), 1)))
+    for name in named(*range(6)):
+        shards.announce(name)
+    for name in named(*range(KEPT)):
+        shards.get(name)
+    assert fetched(server) == KEPT
+    shards.done([0])
+    shards.announce(*named(KEPT))
+    shards.get(*named(KEPT))
+    assert fetched(server) == KEPT + 1
+
+
+def test_tensors_of_shards_are_those_of_the_local_model(opened, sharded):
+    shards, _, _ = opened
+    local = Checkpoint(sharded)
+    assert shards.infos.keys() == local.infos.keys()
+    assert all(torch.equal(shards.get(name), local.get(name)) for name in local.infos)
 
 
 def test_headers_are_enough_to_plan_a_model_on_the_hub(sharded, serve):

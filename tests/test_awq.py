@@ -15,6 +15,7 @@ from auto_round.options import Options
 from auto_round.planning import settled
 from auto_round.sources.base import Needs
 from auto_round.sources.blocks import LiveSource
+from auto_round.sources.channels import Scaler
 from auto_round.sources.dataset import Calibration
 from auto_round.sources.live_block import Execution
 
@@ -219,3 +220,27 @@ def test_the_guides_path_and_upstreams_lead_to_the_same_config():
     from auto_round.algorithms.transforms.awq.config import AWQConfig as upstreams
 
     assert guides is upstreams is AWQConfig
+
+
+class Gated(torch.nn.Module):
+    """A gated MLP that `taken` tokens go through, as one of many experts."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("gate", "up", "down"):
+            setattr(self, name, torch.nn.Linear(8, 8, bias=False))
+
+    def forward(self, x, taken):
+        return x + taken * self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.parametrize(("taken", "makers"), [(1.0, ["up"]), (0.0, [])])
+def test_a_path_that_the_sample_does_not_take_proves_nothing(taken, makers):
+    module, x = Gated(), torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    matrices = {name: module.get_parameter(f"{name}.weight").detach() for name in ("gate", "up", "down")}
+    before = {name: matrix.clone() for name, matrix in matrices.items()}
+    scaler = Scaler(
+        module, {name: name for name in matrices}, matrices, lambda: module(x, taken).detach(), {}
+    )
+    assert [channels.maker for channels in scaler.find([("down",)])] == makers
+    assert all(torch.equal(matrices[name], before[name]) for name in matrices)

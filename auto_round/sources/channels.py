@@ -52,8 +52,7 @@ class Scaler:
     ) -> None:
         self._paths, self._matrices, self._run, self._stored = paths, matrices, run, stored
         self._parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
-        norms = (path for path, each in module.named_modules() if "norm" in type(each).__name__.lower())
-        self._norms = [path for path in norms if f"{path}.weight" in self._parameters]
+        self._norms = [path for path in norms_of(module) if f"{path}.weight" in self._parameters]
 
     @torch.no_grad()
     def find(self, groups: Sequence[tuple[str, ...]]) -> Iterator[Channels]:
@@ -79,16 +78,33 @@ class Scaler:
                 yield Channels(name, readers, width)
 
     def _may_be_scaled(self, channels: Channels, before: Tensor) -> bool:
-        """Whether the block still puts out `before` with other sizes of `channels`; they are left as they were."""
+        """Whether the block still puts out `before` with other sizes of `channels`, which stay as they were.
+
+        Only if it does not with those of the readers alone: a path that the sample did not take proves nothing.
+        """
         tensors = [*self._of_maker(channels).values(), *(self._matrices[name] for name in channels.readers)]
         kept = [tensor.clone() for tensor in tensors]
         # Powers of two: what is left of them in the output is a difference, not rounding.
         power = torch.arange(channels.width, device=tensors[0].device) % 3 - 1
-        self.scale(channels, torch.exp2(power.float()), exact=True)
-        after = self._run()
+        factors = torch.exp2(power.float())
+        self.scale(channels, factors, exact=True)
+        found = self._puts_out(before)
         for tensor, values in zip(tensors, kept, strict=True):
             tensor.copy_(values)
-        return bool((after - before).norm() <= SAME * before.norm())
+        if not found:
+            return False
+        self._multiply(channels, factors)
+        alone = self._puts_out(before)
+        self._multiply(channels, 1 / factors)  # exact, as these are powers of two
+        return not alone
+
+    def _puts_out(self, wanted: Tensor) -> bool:
+        return bool((self._run() - wanted).norm() <= SAME * wanted.norm())
+
+    def _multiply(self, channels: Channels, factors: Tensor) -> None:
+        """Multiply what reads `channels`."""
+        for name in channels.readers:
+            self._matrices[name].mul_(factors.to(self._matrices[name].device))
 
     def _path(self, channels: Channels) -> str:
         return channels.maker if channels.norm else self._paths[channels.maker]
@@ -131,6 +147,10 @@ class Scaler:
             weight.div_(factors.unsqueeze(1))
         if "bias" in vectors:
             vectors["bias"].copy_(held(vectors["bias"] / factors, "bias"))
-        for name in channels.readers:
-            self._matrices[name].mul_(factors.to(self._matrices[name].device))
+        self._multiply(channels, factors)
         return factors
+
+
+def norms_of(module: nn.Module) -> dict[str, nn.Module]:
+    """Path -> norm, of those in `module`: classes that say so."""
+    return {path: each for path, each in module.named_modules() if "norm" in type(each).__name__.lower()}

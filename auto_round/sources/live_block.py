@@ -25,7 +25,7 @@ from auto_round.models.experts import Experts
 from auto_round.models.window import CallsInTurn, Chained, window_name, window_prefix
 from auto_round.sources.activations import InputGrid, Limits, quantized_inputs
 from auto_round.sources.base import Block
-from auto_round.sources.channels import Channels, Scaler
+from auto_round.sources.channels import Channels, Scaler, norms_of
 from auto_round.sources.expert_inputs import BlockExperts, quantized_expert_inputs
 from auto_round.sources.moments import Moments, sharing
 from auto_round.sources.rows import FileRows, MemoryRows, Notices, Rows
@@ -388,8 +388,7 @@ def norms_and_biases(module: nn.Module, layers: Iterable[str]) -> dict[str, nn.P
     """Path -> the parameters of the norms in `module`, and the biases of `layers`, paths in it."""
     found = {
         f"{path}.{name}": parameter
-        for path, each in module.named_modules()
-        if "norm" in type(each).__name__.lower()
+        for path, each in norms_of(module).items()
         for name, parameter in each.named_parameters(recurse=False)
     }
     biases = {f"{path}.bias": module.get_submodule(path).bias for path in layers}

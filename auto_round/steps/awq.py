@@ -82,7 +82,7 @@ class Awq(Step):
         """(the factors (I,) of least error or None when nothing is better than none, their share of its error)."""
         gram = block.importance(channels.readers[0])
         assert gram is not None, "channels are found by their readers' inputs"
-        weights = {name: _some_rows(block.weights[name].float()) for name in channels.readers}
+        weights = {name: _some_rows(block.weights[name]).float() for name in channels.readers}
         size = (gram if gram.ndim == 1 else gram.diagonal()).sqrt()
         parts = [_relative(weights[name], specs[name]) for name in channels.readers]
         best, least, plain = None, math.inf, math.nan

@@ -17,8 +17,9 @@ ALGORITHMS = {
     "gptq": "gptq",
     "rtn": "rtn",
     "opt_rtn": "opt_rtn",
+    "awq": "awq",
 }
-BEFOREHAND = {"awq": "awq"}
+BEFOREHAND = ("awq",)
 """Algorithms that change a block before another one rounds it: "awq,auto_round"; alone, optimised rounding follows."""
 PLANNED = ("svdquant", "hadamard", "random_hadamard", "quarot_hadamard", "spinquant", "quarot")
 
@@ -80,9 +81,11 @@ def recipe_named(name: str) -> Recipe:
 
 def algorithm_named(name: str) -> str:
     """Our name of the algorithm `name`. Raises PlanError or NotYetError."""
-    key, known = name.strip().casefold().replace("-", "_"), {**ALGORITHMS, **BEFOREHAND}
-    if key in known:
-        return known[key]
+    key = name.strip().casefold().replace("-", "_")
+    if key in ALGORITHMS:
+        return ALGORITHMS[key]
     if key in PLANNED:
-        raise NotYetError(f"algorithm {name!r} is not there yet. Available: {', '.join(known)}")
-    raise PlanError(f"algorithm {name!r} is unknown.{nearest(name, known)} Available: {', '.join(known)}")
+        raise NotYetError(f"algorithm {name!r} is not there yet. Available: {', '.join(ALGORITHMS)}")
+    raise PlanError(
+        f"algorithm {name!r} is unknown.{nearest(name, ALGORITHMS)} Available: {', '.join(ALGORITHMS)}"
+    )

@@ -127,6 +127,6 @@ def _algorithms() -> Table:
             str(not r.disable_opt_rtn),
         )
     table.caption = (
-        f"algorithms: {', '.join(ALGORITHMS)}; before one of them or alone: {', '.join(BEFOREHAND)}"
+        f"algorithms: {', '.join(ALGORITHMS)}; {', '.join(BEFOREHAND)} may come before another one"
     )
     return table

@@ -1,10 +1,14 @@
-"""Making folders so that a run that fails leaves none of its own behind."""
+"""Folders that a run which fails leaves none of behind, and files that are what was written."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
+
+PIECE = 1 << 20
 
 
 def missing(folder: Path) -> list[Path]:
@@ -30,3 +34,15 @@ def sync(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def digest(path: Path, offset: int = 0, size: float = math.inf) -> str:
+    """Hash of `size` bytes of a file from `offset` on, to its end by default; read in pieces, so that none of it stays
+    in memory."""
+    state = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        file.seek(offset)
+        while size > 0 and (piece := file.read(int(min(size, PIECE)))):
+            state.update(piece)
+            size -= len(piece)
+    return state.hexdigest()

@@ -41,7 +41,6 @@ from auto_round.models.subject import Subject
 
 STAGING = ".auto_round_gguf_partial"
 FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-PIECE = 1 << 22
 KEPT_PRECISE = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types")
 """Small matrices that llama.cpp wants in float32."""
 
@@ -345,7 +344,7 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
         for stored, expected in self._hashes.items():
             target = self._target_of[stored]
             (path, offset), (start, size) = places[target.name], target.part(stored)
-            if _digest(path, offset + start, size) != expected:
+            if folders.digest(path, offset + start, size) != expected:
                 raise VerificationError(
                     f"{target.name} in {self.folder} reads back differently; the disk may be faulty"
                 )
@@ -363,14 +362,3 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
             file.close()
         shutil.rmtree(self._staging, ignore_errors=True)
         folders.remove_empty(self._made)
-
-
-def _digest(path: Path, offset: int, size: int) -> str:
-    """Hash of `size` bytes of a file, read in pieces: mapped, the whole file would end up in memory."""
-    state = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        file.seek(offset)
-        while size > 0 and (piece := file.read(min(size, PIECE))):
-            state.update(piece)
-            size -= len(piece)
-    return state.hexdigest()

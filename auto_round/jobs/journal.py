@@ -8,7 +8,6 @@ are stored, and the files of a resumed run are those of an uninterrupted one, by
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -102,7 +101,7 @@ class Journal(AbstractContextManager["Journal"]):
         # The index is written last, so a block without one was being written when the run ended.
         if not (block / INDEX).is_file() or not (block / TENSORS).is_file() or block.name == UNFINISHED:
             shutil.rmtree(block)
-        elif _digest(block / TENSORS) != json.loads((block / INDEX).read_text())["digest"]:
+        elif folders.digest(block / TENSORS) != json.loads((block / INDEX).read_text())["digest"]:
             # Synced and renamed, yet other bytes: the disk. One block is cheaper to repeat than to trust.
             logger.warning("%s is damaged: %s is quantized again", block, block.name)
             shutil.rmtree(block)
@@ -138,7 +137,11 @@ class Journal(AbstractContextManager["Journal"]):
         try:
             # On disk before its name says that it counts.
             self._close(sync=True)
-            about = {**asdict(result), "digest": _digest(unfinished / TENSORS), "tensors": self._layers}
+            about = {
+                **asdict(result),
+                "digest": folders.digest(unfinished / TENSORS),
+                "tensors": self._layers,
+            }
             about["vectors"] = self._vectors
             with (unfinished / INDEX).open("w") as file:
                 json.dump(about, file)
@@ -242,14 +245,6 @@ def earlier_steps(output: Path) -> int | None:
         return None
     steps = json.loads(stored.read_text())["recipe"].values()
     return int(next((step["iters"] for step in steps if "iters" in step), 0))
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        state = hashlib.blake2b(digest_size=16)
-        while chunk := file.read(1 << 20):
-            state.update(chunk)
-    return state.hexdigest()
 
 
 def _put(file: BinaryIO, key: str, tensor: Tensor) -> dict[str, Any]:

@@ -120,6 +120,24 @@ class TensorStore(ABC):
         """A hash of names, dtypes, shapes and a sample of the values: another model has another one."""
 
 
+class View(TensorStore):
+    """A store that shows the tensors of another one, `raw`, in another way."""
+
+    raw: TensorStore
+
+    def expect(self, shards: Counter[int]) -> None:
+        """Of the other store."""
+        self.raw.expect(shards)
+
+    def done(self, shards: Iterable[int]) -> None:
+        """Of the other store."""
+        self.raw.done(shards)
+
+    def fingerprint(self) -> str:
+        """That of the other store."""
+        return self.raw.fingerprint()
+
+
 class StateDict(TensorStore):
     """The tensors of a live model; a tensor shared by several names is stored under the first."""
 

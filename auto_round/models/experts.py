@@ -7,7 +7,6 @@ matrix is quantized for itself; so each one is a layer here, known by the name t
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from auto_round.core.quantized import Quantized
 from auto_round.models import quirks
-from auto_round.models.checkpoint import Place, StateDict, TensorInfo, TensorStore, names_match
+from auto_round.models.checkpoint import Place, StateDict, TensorInfo, TensorStore, View, names_match
 
 ENDS = ("", "_bias")
 """What follows a projection's name in the names of fused tensors: nothing for its weights."""
@@ -219,7 +218,7 @@ def fuse(pieces: Mapping[Piece, Tensor], original: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-class ExpertStore(TensorStore):
+class ExpertStore(View):
     """A store whose fused expert tensors are shown as one tensor per matrix, under the names of the layers."""
 
     def __init__(self, raw: TensorStore, pieces: Mapping[str, Piece], whole: bool) -> None:
@@ -256,10 +255,6 @@ class ExpertStore(TensorStore):
         """That of a tensor which is no piece of another."""
         return None if name in self.pieces else self.raw.quantized(name)
 
-    def fingerprint(self) -> str:
-        """That of the store with the fused tensors."""
-        return self.raw.fingerprint()
-
     def place(self, name: str) -> Place | None:
         """That of a tensor which is no piece of another."""
         return None if name in self.pieces else self.raw.place(name)
@@ -267,14 +262,6 @@ class ExpertStore(TensorStore):
     def shards(self, name: str) -> tuple[int, ...]:
         """Those of the tensor that it is a piece of."""
         return self.raw.shards(self.pieces[name].tensor if name in self.pieces else name)
-
-    def expect(self, shards: Counter[int]) -> None:
-        """Of the stored tensors."""
-        self.raw.expect(shards)
-
-    def done(self, shards: Iterable[int]) -> None:
-        """Of the stored tensors."""
-        self.raw.done(shards)
 
     def announce(self, name: str) -> None:
         """A piece does not lie in one place: only whole tensors are announced."""

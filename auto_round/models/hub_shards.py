@@ -152,9 +152,8 @@ class HubShards(TensorStore):
             with self._line, hub.asking(self.model):  # one at a time: the first one asked for is needed first
                 place = Path(tempfile.mkdtemp(dir=self._scratch))
                 hf_hub_download(self.model, shard, revision=self.folder.name, local_dir=place)
-                future.set_result(
-                    Checkpoint(place)
-                )  # in the line: what has to go is gone before the next comes
+                # In the line: what has to go is gone before the next comes.
+                future.set_result(Checkpoint(place))
         except Exception as error:  # whoever waits for the shard raises it
             future.set_exception(error)
 

@@ -8,8 +8,7 @@ NVFP4 and integers of compressed-tensors, auto-round, GPTQ and AWQ. Partners may
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from auto_round.core.scheme import TensorSpec
 from auto_round.formats.base import Format, planned_tensors
 from auto_round.formats.reading import described
 from auto_round.models import load
-from auto_round.models.checkpoint import Place, TensorInfo, TensorStore
+from auto_round.models.checkpoint import Place, TensorInfo, TensorStore, View
 from auto_round.models.load import ModelFiles
 from auto_round.models.stored import block_of
 
@@ -61,7 +60,7 @@ class Derived:
     read: Callable[[Mapping[str, Tensor]], Quantized] | None = None
 
 
-class PlainStore(TensorStore):
+class PlainStore(View):
     """A store whose quantized tensors are shown as `derived` ones, and whose `hidden` tensors are not shown."""
 
     def __init__(self, raw: TensorStore, derived: Mapping[str, Derived], hidden: set[str]) -> None:
@@ -106,18 +105,6 @@ class PlainStore(TensorStore):
         """Those of its parts."""
         parts = self._derived[name].parts if name in self._derived else (name,)
         return tuple(sorted({shard for part in parts for shard in self.raw.shards(part)}))
-
-    def expect(self, shards: Counter[int]) -> None:
-        """Of the stored tensors."""
-        self.raw.expect(shards)
-
-    def done(self, shards: Iterable[int]) -> None:
-        """Of the stored tensors."""
-        self.raw.done(shards)
-
-    def fingerprint(self) -> str:
-        """That of the stored tensors."""
-        return self.raw.fingerprint()
 
 
 def open_folder(folder: Path, store: TensorStore | None = None) -> ModelFiles:

@@ -36,13 +36,12 @@ class Step(ABC):
     needs: Needs = Needs.NOTHING
     requires: Needs = Needs.NOTHING
     """`needs` is what the step makes use of; `requires` is what it cannot do without."""
+    reshapes: ClassVar[bool] = False
+    """Whether `reshape` changes blocks, which must happen once only."""
 
     def prepare(self, source: Source, plan: Plan) -> None:
         """Called once before the first block."""
         return None
-
-    reshapes: ClassVar[bool] = False
-    """Whether `reshape` changes blocks, which must happen once only."""
 
     def reshape(self, block: Block, plan: Plan) -> None:
         """Called before anything is looked at: change weights in a way that leaves what the block computes."""

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+NOVELIST = Path(__file__).parent.parent / "examples" / "novelist-8m"
 SHARDS = 4
 DENSE = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
@@ -76,6 +77,8 @@ def make(folder: Path, gigabytes: float, experts: bool) -> None:
     config["num_hidden_layers"] = blocks
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # GGUF files hold one
+        shutil.copy(NOVELIST / name, folder / name)
     ends = dict.fromkeys(
         ("model.embed_tokens.weight", "lm_head.weight"), (config["vocab_size"], config["hidden_size"])
     )

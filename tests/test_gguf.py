@@ -165,7 +165,8 @@ def test_layer_config_has_the_last_word(llama, tmp_path):
 
 def test_several_types_are_made_in_one_pass(llama, tmp_path):
     alone = made(llama, tmp_path / "alone", format="gguf:q4_1")
-    job = AutoRound(llama, format="gguf:q8_0,gguf:q4_1,auto_round", iters=0, model_free=True)
+    types = "gguf:q8_0,gguf:q4_1,auto_round"
+    job = AutoRound(llama, format=types, iters=0, model_free=True, max_ram="64GB")
     _, folders = job.quantize_and_save(tmp_path / "several")
     assert [Path(f).name for f in folders] == ["auto-round", "gguf-q8-0", "gguf-q4-1"]
     both = written(folders[2])

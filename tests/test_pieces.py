@@ -242,6 +242,24 @@ def test_threads_take_every_item_once_and_no_more_than_the_workers_run():
     assert 1 < most <= 3
 
 
+@pytest.mark.parametrize(("sizes", "room"), [([5, 5, 1, 1, 9, 0, 1, 3], 6), ([7, 7, 7], 2), ([1] * 9, 3)])
+def test_what_is_under_way_is_no_larger_than_the_room_or_alone(sizes, room):
+    lock, running = threading.Lock(), []
+
+    def work(item):
+        with lock:
+            running.append(sizes[item])
+            large = [size for size in running if size]
+            assert sum(large) <= room or len(large) == 1
+        time.sleep(0.002)
+        with lock:
+            running.remove(sizes[item])
+        return item
+
+    found = in_threads(work, range(len(sizes)), workers=3, size=sizes.__getitem__, room=room)
+    assert sorted(found) == list(range(len(sizes)))
+
+
 def test_the_first_error_stops_the_taking_of_items():
     taken = []
 

@@ -26,7 +26,7 @@ from auto_round.jobs.planner import (
     spread,
 )
 from auto_round.jobs.quantize import quantize
-from auto_round.jobs.stream import One, Unit, part_of, units_of
+from auto_round.jobs.stream import One, Unit, elements, part_of, units_of
 from auto_round.models.device import Devices
 from auto_round.models.memory import Tally, give_back
 from auto_round.models.subject import Subject
@@ -140,7 +140,7 @@ def _with_kept(wish: Wish, parts: Sequence[Part]) -> list[Costs]:
 def place_stream(
     source: TensorSource, makings: Sequence[Making], *, workers: int, max_ram: int | None, measure: bool
 ) -> tuple[Placement, float | None]:
-    """The placement of a stream, and its estimated seconds: as many workers as have room for a layer each.
+    """The placement of a stream, and its estimated seconds: as many workers as have room for a layer of a block each.
 
     Raises PlanError that names the smallest limit that would do.
     """
@@ -148,28 +148,39 @@ def place_stream(
     if max_ram is None and not measure:
         return placed, None
     found = list(_measured_units(source, makings))
-    each, base = max((peak for peak, _ in found), default=0), base_memory()
-    fit = workers if max_ram is None else min(workers, (max_ram - base) // max(1, each))
-    if max_ram is not None and fit < 1:
+    base, most = base_memory(), max((one.peak for one in found), default=0)
+    inside = max((one.peak for one in found if not one.outside), default=0)
+    fit = workers if max_ram is None else min(workers, (max_ram - base) // max(1, inside))
+    if max_ram is not None and (fit < 1 or base + most > max_ram):
         raise PlanError(
-            f"max_ram {max_ram:,} bytes is not enough: this process takes {base:,} and its largest layer {each:,}. "
-            f"Give --max-ram {rounded(base + each)}"
+            f"max_ram {max_ram:,} bytes is not enough: this process takes {base:,} and its largest layer {most:,}. "
+            f"Give --max-ram {rounded(base + most)}"
         )
     why = (f"{fit} of {workers} workers have room for a layer each",) if fit < workers else ()
-    seconds = sum(seconds for _, seconds in found) / fit
-    return replace(placed, workers=fit, ram=base + fit * each, why=why), seconds
+    seconds = sum(one.seconds for one in found) / fit
+    # What `room_for` lets the workers have under way.
+    return replace(placed, workers=fit, ram=base + max(most, fit * inside), why=why), seconds
 
 
-def _measured_units(source: TensorSource, makings: Sequence[Making]) -> Iterator[tuple[int, float]]:
-    """(peak bytes of one, seconds for all) of every kind of unit, from doing its largest."""
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """The largest unit of a kind: its peak in bytes, and the seconds that all of the kind will take."""
+
+    outside: bool
+    peak: int
+    seconds: float
+
+
+def _measured_units(source: TensorSource, makings: Sequence[Making]) -> Iterator[_Measured]:
+    """Every kind of unit, from doing its largest."""
     plans = [making.plan for making in makings]
 
     def size(unit: Unit) -> int:
-        shapes = [plans[0].shapes[name] for name in unit.layers]
-        return sum(rows * columns for rows, columns in shapes)
+        return elements(unit, plans)
 
     def kind(unit: Unit) -> object:
-        return unit.fused, frozenset(tuple(plan.get(name) for plan in plans) for name in unit.layers)
+        schemes = frozenset(tuple(plan.get(name) for plan in plans) for name in unit.layers)
+        return unit.outside, unit.fused, schemes
 
     kinds: dict[object, list[Unit]] = {}
     for unit in units_of(source, plans):
@@ -182,7 +193,8 @@ def _measured_units(source: TensorSource, makings: Sequence[Making]) -> Iterator
         with Tally() as tally:
             quantize(One(source, largest), first.plan, first.steps, first.writers, others=others)
         seconds = time.perf_counter() - started
-        yield tally.peak["cpu"], seconds * sum(map(size, alike)) / size(largest)
+        everything = seconds * sum(map(size, alike)) / size(largest)
+        yield _Measured(largest.outside, tally.peak["cpu"], everything)
     give_back()
 
 

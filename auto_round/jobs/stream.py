@@ -18,6 +18,7 @@ from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import TensorSpec
 from auto_round.jobs.quantize import BlockResult, Observer, Pass, Writer, quantize
 from auto_round.jobs.workers import in_threads
+from auto_round.models.memory import give_back
 from auto_round.sources.base import Block, Needs, Source
 from auto_round.sources.tensors import TensorSource
 from auto_round.steps.base import BlockReport, Step
@@ -48,6 +49,11 @@ class Unit:
     block: str
     layers: tuple[str, ...]
     fused: bool = False
+
+    @property
+    def outside(self) -> bool:
+        """Whether it is no part of the model's blocks: an embedding, a head."""
+        return self.layers == (self.block,)
 
 
 class One(Source):
@@ -88,6 +94,23 @@ def units_of(source: TensorSource, plans: Iterable[Plan], finished: Collection[s
         found += units(source, plan, done)
         done |= {layer for unit in found for layer in unit.layers}
     return found
+
+
+def elements(unit: Unit, plans: Sequence[Plan]) -> int:
+    """Weights of `unit`, whose layers may be in some of the `plans` only."""
+    shapes = [next(plan.shapes[name] for plan in plans if name in plan.shapes) for name in unit.layers]
+    return sum(rows * columns for rows, columns in shapes)
+
+
+def room_for(work: Iterable[Unit], plans: Sequence[Plan], workers: int) -> int:
+    """Weights that `workers` may have under way: the largest units of blocks one each, or the largest of all.
+
+    An embedding is several times as large as any matrix of a block: for two at a time, every worker would need memory
+    that it uses for two pieces of work only.
+    """
+    sizes = [(elements(unit, plans), unit.outside) for unit in work]
+    inside = max((size for size, outside in sizes if not outside), default=0)
+    return max(workers * inside, max(sizes, default=(0, False))[0])
 
 
 def part_of(plan: Plan, unit: Unit) -> Plan:
@@ -149,6 +172,8 @@ def stream(
     def do(piece: _Piece) -> BlockResult | None:
         result = None
         if isinstance(piece.work, Unit):
+            if piece.work.outside:
+                give_back()  # what smaller pieces have left in the heaps of the workers, before the largest begins
             result = run_unit(source, passes, piece.work)
         else:
             piece.work()
@@ -160,7 +185,12 @@ def stream(
             for layer in piece.work.layers:
                 source.announce(layer)
 
-    for result in in_threads(do, work, workers=workers, upcoming=announce):
+    def size(piece: _Piece) -> int:
+        return elements(piece.work, plans) if isinstance(piece.work, Unit) else 0
+
+    plans = [each.plan for each in passes]
+    room = room_for(layers, plans, workers)
+    for result in in_threads(do, work, workers=workers, upcoming=announce, size=size, room=room):
         if result is not None:
             progress.add(result)
 

@@ -27,15 +27,21 @@ def in_threads(
     *,
     workers: int,
     upcoming: Callable[[Item], None] | None = None,
+    size: Callable[[Item], int] = lambda _: 0,
+    room: int = 0,
 ) -> Iterator[Result]:
     """The results of `function` as they come, `workers` at a time; `items` are taken as workers become free.
 
     upcoming: called with each item when it is next but for those that fill the workers. The first error stops the
     taking of items, waits for what is under way, and is raised.
+    size, room: items under way have no more than `room` together; one that is larger is alone with those of size 0.
     """
     waiting = iter(items)
     queue: deque[Item] = deque()
-    running: set[Future[Result]] = set()
+    running: dict[Future[Result], int] = {}
+
+    def fits(item: Item) -> bool:
+        return not (own := size(item)) or not (taken := sum(running.values())) or own + taken <= room
 
     def fill() -> None:
         # As many again as are under way: enough to read ahead, few enough to fit the cache of the system.
@@ -50,11 +56,12 @@ def in_threads(
     with _one_thread_each(), ThreadPoolExecutor(workers, "auto-round", initializer=_alone) as pool:
         fill()
         while queue or running:
-            while queue and len(running) < workers:
-                running.add(pool.submit(function, queue.popleft()))
+            while queue and len(running) < workers and fits(queue[0]):
+                item = queue.popleft()
+                running[pool.submit(function, item)] = size(item)
             fill()
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                del running[future]
                 yield future.result()
 
 

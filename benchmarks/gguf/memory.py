@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,6 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-NOVELIST = Path(__file__).parent.parent.parent / "examples" / "novelist-8m"
 GOAL = 1.5e9
 
 
@@ -64,8 +62,6 @@ def main():
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(NOVELIST / name, options.folder / name)
     tensors, rows = sizes(options.folder), []
     for type_ in options.types.split(","):
         for workers in options.workers:

@@ -21,6 +21,7 @@ from auto_round.formats.base import Format, formats, parse_formats, sharing_a_pl
 from auto_round.jobs.budget import Chosen, parse_duration, within
 from auto_round.jobs.export import CheckpointWriter
 from auto_round.jobs.journal import Journal, Resumed, earlier_steps
+from auto_round.jobs.limits import KeptWithin
 from auto_round.jobs.manifest import manifest
 from auto_round.jobs.outline import Outline
 from auto_round.jobs.planner import Making, StepMaker
@@ -35,7 +36,7 @@ from auto_round.options import Options
 from auto_round.outputs import file_bytes, open_writers
 from auto_round.planning import base_scheme, formats_for, plan_for, settled
 from auto_round.recipes import RECIPES
-from auto_round.sizing import Sizing, check_whole
+from auto_round.sizing import Sizing, check_whole, limit
 from auto_round.sources.base import Needs, Source
 from auto_round.sources.blocks import LiveSource
 from auto_round.sources.dataset import Calibration
@@ -76,7 +77,8 @@ class AutoRound:
         self.numbers = self.options.numbers()
         self.base = base_scheme(self.options)
         self.material = Material(model, tokenizer, self.options, self.base)
-        self.observers: list[Observer] = []
+        max_ram = limit(self.options.max_ram, "max_ram")
+        self.observers: list[Observer] = [] if max_ram is None else [KeptWithin(max_ram)]
         self._kept: Kept | None = None
         self.plan: Plan | None = None
         self.placement: Placement | None = None

@@ -348,10 +348,10 @@ def test_tuning_beats_searching_when_there_is_enough_data():
     watch = Watch()
     made = AutoRound(
         tiny("llama"),
-        dataset=samples(24),
+        dataset=samples(48),
         scheme="W2A16G32",
-        iters=30,
-        nsamples=24,
+        iters=60,
+        nsamples=48,
         seqlen=32,
         start="search",
     )

@@ -15,6 +15,7 @@ from auto_round.codecs.base import preset
 from auto_round.core.errors import DataError, PlanError
 from auto_round.core.plan import Plan
 from auto_round.formats.base import formats, parse_formats
+from auto_round.jobs import limits, placing
 from auto_round.jobs.planner import Costs, Packed, choose, predict, spread
 from auto_round.jobs.quantize import quantize
 from auto_round.models.device import elsewhere, parse_devices
@@ -168,8 +169,6 @@ def test_rows_give_back_what_was_put(make):
 
 
 def test_hidden_states_in_a_file_change_no_byte(tmp_path, monkeypatch):
-    from auto_round.jobs import placing
-
     tiny("llama", tmp_path / "model", dtype=torch.bfloat16)
     for out in ("memory", "file"):
         monkeypatch.setattr(placing, "_homes", lambda *_, home=out, **__: ((home,), ()))
@@ -236,7 +235,6 @@ def test_planned_sizes_are_exact_for_every_format(tmp_path):
 def no_process(monkeypatch):
     """Limits are about the work alone: as if the process itself took nothing."""
     from auto_round import sizing
-    from auto_round.jobs import placing
 
     for module in (sizing, placing):
         monkeypatch.setattr(module, "base_memory", lambda: 0)
@@ -427,3 +425,17 @@ def test_what_one_sample_takes_while_it_is_drawn_is_counted():
 
     each = (peak(12) - peak(4)) / 8
     assert bytes_of_one(model, 100) == pytest.approx(each, rel=0.2)
+
+
+def test_a_peak_above_the_limit_is_told_once_and_freed_memory_goes_back_after_every_block(
+    tmp_path, monkeypatch, caplog
+):
+    tiny("llama", tmp_path / "model")
+    peaks, returned = iter([50 << 30, 65 << 30, 70 << 30]), []
+    monkeypatch.setattr(limits, "peak_memory", lambda: next(peaks))
+    monkeypatch.setattr(limits, "give_back", lambda: returned.append(True))
+    job = AutoRound(tmp_path / "model", dataset=samples(8, 16), max_ram="64GB", **TUNED)
+    job.quantize_and_save(tmp_path / "out")
+    told = [record.getMessage() for record in caplog.records if "memory has peaked" in record.getMessage()]
+    assert len(told) == 1 and "model.layers.0" in told[0] and "max_ram 64,000,000,000" in told[0]
+    assert len(returned) == 2

@@ -87,9 +87,9 @@ def test_a_size_that_is_none_is_quoted_with_its_option(text):
 def test_a_wrong_limit_is_named_as_the_limit_it_is(option, tmp_path):
     from models import samples, tiny
 
-    job = AutoRound(tiny("llama"), iters=1, dataset=samples(2, 8), seqlen=8, nsamples=2, **{option: "lots"})
+    job = {"iters": 1, "dataset": samples(2, 8), "seqlen": 8, "nsamples": 2, option: "lots"}
     with pytest.raises(PlanError, match=f"{option} 'lots'"):
-        job.quantize_and_save(tmp_path / "out")
+        AutoRound(tiny("llama"), **job).quantize_and_save(tmp_path / "out")
 
 
 # Spellings

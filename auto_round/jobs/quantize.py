@@ -94,9 +94,9 @@ def quantize(
         seconds = time.perf_counter() - started
         layers = len({name for weights, _ in made for name in weights.layers})
         result = BlockResult(block.name, layers, report, seconds, dict(block.tokens), sorted(block.starved))
+        del block, made, replaced  # before the next block is read and tuned, not after it
         for observer in observers:
             observer.finished(result)
-        del block, made, replaced  # before the next block is read and tuned, not after it
 
 
 class Fakes(Mapping[str, torch.Tensor]):

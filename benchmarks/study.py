@@ -44,14 +44,14 @@ def run(args: argparse.Namespace, cell: dict) -> dict:
         dataset=str(args.calibration),
         nsamples=args.nsamples,
         seqlen=args.seqlen,
-        batch_size=8,
+        batch_size=args.batch,
         iters=cell["steps"],
         seed=cell["seed"],
         device_map="cpu",
         algorithm="gptq" if cell["steps"] == 0 else None,
     )
     tuning = [SignRound(iters=cell["steps"], seed=cell["seed"])] if cell["steps"] else []
-    tuner.steps = lambda plan: [*starts(cell["start"]), *tuning]
+    tuner.steps = lambda plan, **placed: [*starts(cell["start"]), *tuning]
     began = time.process_time()
     model, _ = tuner.quantize()
     seconds = time.process_time() - began
@@ -98,6 +98,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=8, help="samples per step")
     parser.add_argument("--windows", type=int, default=16, help="evaluation windows of 512 tokens")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="only print the table")
@@ -112,7 +113,7 @@ def main() -> None:
     grid = () if args.table else itertools.product(args.seeds, args.steps, args.schemes, args.starts)
     for seed, steps, scheme, kind in grid:
         cell = {"model": args.model.name, "scheme": scheme, "start": kind, "steps": steps, "seed": seed}
-        cell |= {"nsamples": args.nsamples, "seqlen": args.seqlen}
+        cell |= {"nsamples": args.nsamples, "seqlen": args.seqlen, "batch": args.batch}
         if any(all(old.get(key) == value for key, value in cell.items()) for old in rows):
             continue
         rows.append(run(args, cell))

@@ -12,6 +12,7 @@ from auto_round.version import __version__
 _WHERE = {
     "AutoRound": "auto_round.api",
     "AutoRoundAdam": "auto_round.compat",
+    "AutoScheme": "auto_round.core.auto_scheme",
     "QuantizationScheme": "auto_round.core.scheme",
     "SignRoundConfig": "auto_round.compat",
     "AWQConfig": "auto_round.compat",

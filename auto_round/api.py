@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.assembly import steps_for
+from auto_round.codecs.base import preset
+from auto_round.core.auto_scheme import AutoScheme
 from auto_round.core.errors import AutoRoundError, FormatError, PlanError
 from auto_round.core.placement import Placement
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
+from auto_round.core.scheme import Scheme
 from auto_round.formats.base import Format, formats, parse_formats, sharing_a_plan
 from auto_round.jobs.budget import Chosen, parse_duration, within
 from auto_round.jobs.export import CheckpointWriter
@@ -29,6 +32,7 @@ from auto_round.jobs.quantize import Observer, Pass, quantize
 from auto_round.jobs.report import Report
 from auto_round.jobs.stream import CopyingWriter, Locked, StreamPass, stream
 from auto_round.material import Material
+from auto_round.mixing import mixed
 from auto_round.models.device import execution_dtype
 from auto_round.models.memory import peak_memory, peak_of, reset_peak
 from auto_round.models.subject import Subject
@@ -80,6 +84,7 @@ class AutoRound:
         max_ram = limit(self.options.max_ram, "max_ram")
         self.observers: list[Observer] = [] if max_ram is None else [KeptWithin(max_ram)]
         self._kept: Kept | None = None
+        self._chosen: Mapping[str, Scheme] = {}
         self.plan: Plan | None = None
         self.placement: Placement | None = None
         self.seconds: float | None = None
@@ -246,6 +251,8 @@ class AutoRound:
 
     def _formats(self, given: str | None) -> list[Format]:
         """The formats given here, in the options, or by the scheme."""
+        if isinstance(self.options.scheme, AutoScheme):
+            self._choose_schemes(given)
         formats = formats_for(self.options, self.base, given)
         # Before the plan: it decides whether embedding and head are layers.
         self.material.whole = any(fmt.whole_model for fmt in formats)
@@ -253,8 +260,26 @@ class AutoRound:
 
     def make_plan(self, formats: Sequence[Format]) -> Plan:
         """The plan for this model, options and formats; nothing is read but headers and configuration."""
-        self.plan = plan_for(self.subject(), self.options, self.base, formats)
+        self.plan = plan_for(self.subject(), self.options, self.base, formats, self._chosen)
         return self.plan
+
+    def _choose_schemes(self, given: str | None) -> None:
+        """Give each layer the scheme that the budget allows it; from then on the job is as any other."""
+        wish = self.options.scheme
+        assert isinstance(wish, AutoScheme), "asked before"
+        labels, named = wish.schemes(preset), (given or self.options.format or "").upper()
+
+        def with_base(label: str) -> Options:
+            # A GGUF scheme by its name, which says more than a data type does: the format of the whole file.
+            whole = named if named.startswith("GGUF:") else label
+            return replace(self.options, scheme=whole if label.startswith("GGUF:") else labels[label])
+
+        formats = formats_for(with_base(next(iter(labels))), self.base, given)
+        source = self.material.model if self.material.model is not None else self.material.given
+        mix = mixed(source, self.tokenizer, self.options, formats)
+        self.options = self.material.options = with_base(mix.base)
+        self.base = self.material.base = base_scheme(self.options)
+        self._chosen = mix.chosen
 
     def _plan_in_memory(self) -> Plan:
         """A plan that the format given, or else `auto_round` if it can, is able to save later."""

@@ -68,6 +68,7 @@ class AWQConfig:
 
 
 PATHS = {
+    "auto_round.auto_scheme": {"AutoScheme": "auto_round.core.auto_scheme:AutoScheme"},
     "auto_round.schemes": {
         "QuantizationScheme": "auto_round.core.scheme:QuantizationScheme",
         "PRESET_SCHEMES": "auto_round.compat:preset_schemes()",

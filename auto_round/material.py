@@ -52,7 +52,7 @@ class Material:
     """Model and data of one job, each opened when first asked for."""
 
     def __init__(self, model: str | Path | nn.Module, tokenizer: Any, options: Options, base: Scheme) -> None:
-        self.options, self.base = options, base
+        self.options, self.base, self.given = options, base, model
         self._tokenizer, self._whole = tokenizer, False
         self._subject: Subject | None = None
         self._calibration: Calibration | None = None

@@ -20,7 +20,9 @@ class Options:
     """What the user asked for."""
 
     scheme: Any = DEFAULT_SCHEME
-    bits: int | None = None
+    schemes: Any = None
+    """Schemes to choose from, with `bits` as the average: short for an `AutoScheme`."""
+    bits: float | None = None
     group_size: int | None = None
     sym: bool | None = None
     data_type: str | None = None

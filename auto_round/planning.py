@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 
 from auto_round.codecs.base import codec_of, preset
-from auto_round.core.errors import FormatError, NotYetError, PlanError, SchemeError
+from auto_round.core.auto_scheme import AutoScheme
+from auto_round.core.errors import FormatError, PlanError, SchemeError
 from auto_round.core.plan import Plan
 from auto_round.core.scheme import FLAT_NAMES, QuantizationScheme, Scheme
 from auto_round.core.selection import Selection, make_plan, parse_ignore, parse_layer_config, schemes_of
@@ -46,13 +47,35 @@ def settled(options: Options) -> Options:
         chosen = rounding.pop() if rounding else alone
         options = replace(options, algorithm=chosen, enable_awq=options.enable_awq or "awq" in before)
     options.check_awq()
+    return _with_auto_scheme(options)
+
+
+def _with_auto_scheme(options: Options) -> Options:
+    """`options` with one `AutoScheme` for `schemes` and `bits`, or one that single settings do not contradict."""
+    if options.schemes is not None:
+        if options.bits is None:
+            raise PlanError(
+                "schemes are what a budget chooses from: give bits, the bits per weight on average, too"
+            )
+        scheme = AutoScheme(avg_bits=options.bits, options=options.schemes)
+        options = replace(options, scheme=scheme, schemes=None, bits=None)
+    elif isinstance(options.bits, float) and not options.bits.is_integer():
+        raise PlanError(
+            f"bits={options.bits}: an average number of bits needs schemes to choose from (AutoScheme)"
+        )
+    if isinstance(options.scheme, AutoScheme):
+        said = [name for name in FLAT_NAMES if getattr(options, name, None) is not None]
+        if said:
+            raise PlanError(
+                f"{', '.join(said)}: with AutoScheme the options say it all; give schemes as QuantizationScheme(...)"
+            )
     return options
 
 
 def base_scheme(options: Options) -> Scheme:
     """The scheme for all layers: `scheme` by name or object, with the single settings on top.
 
-    Raises SchemeError or NotYetError.
+    Raises SchemeError.
     """
     given = options.scheme
     if isinstance(given, str):
@@ -63,9 +86,11 @@ def base_scheme(options: Options) -> Scheme:
         start = Scheme.from_flat({f.name: given[f.name] for f in fields(given)})
     elif isinstance(given, dict):
         start = Scheme.from_flat(given)
+    elif isinstance(given, AutoScheme):
+        return next(iter(given.schemes(preset).values()))  # until layers have theirs
     else:
-        raise NotYetError(
-            f"scheme of type {type(given).__name__} is not there yet; give a name, a dict or QuantizationScheme"
+        raise SchemeError(
+            f"scheme of type {type(given).__name__}: give a name, a dict, QuantizationScheme or AutoScheme"
         )
     given_fields = {f.name: getattr(options, f.name) for f in fields(options)}
     said = {name: given_fields[name] for name in FLAT_NAMES if given_fields.get(name) is not None}
@@ -100,9 +125,12 @@ def formats_for(options: Options, base: Scheme, given: str | None = None) -> lis
     return formats
 
 
-def plan_for(subject: Subject, options: Options, base: Scheme, formats: Sequence[Format]) -> Plan:
+def plan_for(
+    subject: Subject, options: Options, base: Scheme, formats: Sequence[Format], chosen: Mapping[str, Scheme]
+) -> Plan:
     """The plan for a model, options and formats; nothing is read but headers and configuration.
 
+    chosen: what an `AutoScheme` has become, layer by layer.
     Raises PlanError, SchemeError or FormatError for what cannot be carried out.
     """
     whole = any(fmt.whole_model for fmt in formats)
@@ -123,6 +151,7 @@ def plan_for(subject: Subject, options: Options, base: Scheme, formats: Sequence
         outside = [body.embedding, None if body.tied else body.head]
         default += [name for name in outside if name is not None and name not in default]
     plan = make_plan(body.shapes(), selection, preset, default=default, fused=body.fused())
+    plan = plan.override({name: chosen[name] for name in plan if name in chosen}, "AutoScheme")
     for fmt in formats:
         # Formats with mixtures choose first; what is checked below is what will be done.
         plan = fmt.adapt(plan, subject.files.config)

@@ -9,6 +9,7 @@ import pytest
 from models import SENTENCES, tiny
 from transformers import AutoModelForCausalLM
 
+from auto_round import AutoScheme
 from auto_round.cli import main
 from auto_round.cli.arguments import to_options
 from auto_round.cli.main import execute
@@ -162,13 +163,6 @@ def test_the_model_is_positional_or_named(parsed, argv):
 
 
 LATER = [
-    ["--avg_bits", "6"],
-    ["--target_bits", "3.5"],
-    ["--bits", "4.5"],
-    ["--options", "mxfp4,mxfp8"],
-    ["--options", "W4A16", "W8A16"],
-    ["--ignore_scale_zp_bits"],
-    ["--shared_layers", "k_proj,v_proj"],
     ["--rotation_type", "hadamard"],
     ["--rotation_config", "quarot"],
     ["--static_attention_dtype", "fp8"],
@@ -201,10 +195,50 @@ def test_flags_of_later_work_are_answered_with_one_sentence(model, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("argv", [["--eval"], ["--tasks", "mmlu"], ["--avg_bits", "6"]], ids=" ".join)
+@pytest.mark.parametrize("argv", [["--eval"], ["--tasks", "mmlu"]], ids=" ".join)
 def test_flags_of_later_work_are_named(capsys, argv):
     assert execute("default", ["./model", *argv]) == 2
     assert argv[0].replace("_", "-") in capsys.readouterr().err
+
+
+BUDGET = {"avg_bits": 3.5, "options": "W2A16G32 W4A16"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "wish"),
+    [
+        (["--avg_bits", "3.5", "--options", "W2A16G32 W4A16"], BUDGET),
+        (["--target-bits", "3.5", "--options", "W2A16G32", "W4A16"], BUDGET),
+        (["--bits", "3.5", "--schemes", "W2A16G32", "W4A16"], BUDGET),
+        (["--avg_bits", "6", "--options", "mxfp4,mxfp8", "--ignore_scale_zp_bits"],
+         {"avg_bits": 6, "options": "mxfp4,mxfp8", "ignore_scale_zp_bits": True}),
+        (["--avg_bits=3.5", "--options=W2A16G32 W4A16", "--shared_layers", "q,k", "--shared_layers", "fc1,fc2"],
+         {**BUDGET, "shared_layers": [["q", "k"], ["fc1", "fc2"]]}),
+        (["--avg_bits=3.5", "--options=W2A16G32 W4A16", "--shared_layers", "q", "k"],
+         {**BUDGET, "shared_layers": [["q", "k"]]}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_budget_of_bits_has_several_spellings(parsed, argv, wish):
+    assert execute("default", ["./m", *argv]) == 0
+    assert parsed.seen.pop()[1].scheme == AutoScheme(**wish)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--avg_bits", "6"], ["--avg-bits", "--options"]),
+        (["--options", "W4A16,W8A16"], ["--options", "--avg-bits"]),
+        (["--shared_layers", "q,k"], ["--shared-layers", "--options"]),
+        (["--ignore_scale_zp_bits"], ["--ignore-scale-zp-bits", "--options"]),
+        (["--bits", "4.5"], ["--bits 4.5", "--avg-bits 4.5"]),
+    ],
+    ids=str,
+)
+def test_half_a_budget_says_what_is_missing(capsys, argv, words):
+    assert execute("default", ["./m", *argv]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert all(word in said for word in words)
 
 
 # -------------------------------------------------------------------------------------------------------- exit codes

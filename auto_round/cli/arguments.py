@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
+from auto_round.core.auto_scheme import AutoScheme
 from auto_round.core.errors import NotYetError, PlanError
 from auto_round.options import Options
 
@@ -66,8 +67,26 @@ class SchemeFlags:
     """Number formats, globally and per layer."""
 
     scheme: Annotated[str, _flag("scheme", help="One of `auto-round list scheme`.")] = "W4A16"
-    # Real: AutoScheme has averages.
-    bits: Annotated[Real, _flag("bits", help="Overrides the scheme's bits.")] = None
+    bits: Annotated[
+        Real, _flag("bits", help="Overrides the scheme's bits; with --schemes, bits per weight on average.")
+    ] = None
+    avg_bits: Annotated[
+        Real,
+        _flag("avg-bits", "target-bits", help="Bits per weight on average, chosen per layer from --options."),
+    ] = None
+    options: Annotated[
+        tuple[str, ...],
+        Parameter(name=["--options", "--schemes"], consume_multiple=True, negative="",
+                  help="Schemes that layers may get: W2A16G64,W4A16,BF16."),
+    ] = ()  # fmt: skip
+    shared_layers: Annotated[
+        tuple[str, ...],
+        Parameter(consume_multiple=True, negative="",
+                  help="Layers that get the same scheme in a block, a,b or a b; again for another set."),
+    ] = ()  # fmt: skip
+    ignore_scale_zp_bits: Annotated[
+        bool, _switch("ignore-scale-zp-bits", help="Averages count codes alone, without scales.")
+    ] = False
     group_size: Annotated[Text, _flag("group-size", help="Weights that share a scale; -1: one per row.")] = (
         None
     )
@@ -241,11 +260,6 @@ class Machine:
 class Later:
     """Flags of later work: understood, and answered with one sentence."""
 
-    avg_bits: Annotated[Real, _flag("avg-bits", "target-bits")] = None
-    options: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ()
-    schemes: Annotated[Text, _flag("schemes")] = None
-    shared_layers: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="")] = ()
-    ignore_scale_zp_bits: Annotated[bool, _switch("ignore-scale-zp-bits")] = False
     rotation_type: Annotated[Text, _flag("rotation-type")] = None
     rotation_config: Annotated[Text, _flag("rotation-config")] = None
     static_attention_dtype: Annotated[Text, _flag("static-attention-dtype")] = None
@@ -275,10 +289,6 @@ class Later:
 
 EVALUATION = "evaluation with lm-eval"
 WHAT = {
-    **dict.fromkeys(
-        ("avg_bits", "options", "schemes", "shared_layers", "ignore_scale_zp_bits"),
-        "choosing bits per layer (AutoScheme)",
-    ),
     **dict.fromkeys(("rotation_type", "rotation_config"), "rotation"),
     "static_attention_dtype": "quantizing attention",
     **dict.fromkeys(
@@ -300,7 +310,7 @@ def to_options(recipe: str, output: Output, scheme: SchemeFlags, tuning: Tuning,
         "resume": output.resume,
         "report": output.report,
         "split_size": output.split_size,
-        "bits": _whole("bits", scheme.bits),
+        **_scheme(scheme),
         "group_size": _group("group-size", scheme.group_size),
         # None where nothing was said: a scheme may be asymmetric by itself, and a GGUF type always says.
         "sym": False if scheme.asym else None,
@@ -323,12 +333,41 @@ def to_options(recipe: str, output: Output, scheme: SchemeFlags, tuning: Tuning,
     return Options.of(plain)
 
 
-def _whole(name: str, value: float | None) -> int | None:
-    if value is None:
-        return None
+def _scheme(flags: SchemeFlags) -> dict[str, Any]:
+    """The options `scheme` and `bits`: one scheme for all, or several to choose from."""
+    average = flags.avg_bits if flags.avg_bits is not None else flags.bits
+    if not flags.options:
+        for name in ("avg_bits", "shared_layers", "ignore_scale_zp_bits"):
+            if getattr(flags, name):
+                raise PlanError(
+                    f"--{name.replace('_', '-')} is about choosing a scheme per layer: give --options, the schemes to "
+                    "choose from, such as W2A16G64,W4A16"
+                )
+        return {
+            "scheme": flags.scheme,
+            "bits": flags.bits if flags.bits is None else _whole("bits", flags.bits),
+        }
+    if average is None:
+        raise PlanError(
+            "--options are what --avg-bits, the bits per weight on average, chooses from: give it too"
+        )
+    sets = [text.split(",") for text in flags.shared_layers]
+    if sets and all(len(names) == 1 for names in sets):
+        sets = [list(flags.shared_layers)]  # names apart are one set
+    wish = AutoScheme(
+        avg_bits=average,
+        options=" ".join(flags.options),
+        shared_layers=sets,
+        ignore_scale_zp_bits=flags.ignore_scale_zp_bits,
+    )
+    return {"scheme": wish, "bits": None}
+
+
+def _whole(name: str, value: float) -> int:
     if value != int(value):
-        raise NotYetError(
-            f"--{name} {value}: an average number of bits (AutoScheme) is not there yet; give a whole number"
+        raise PlanError(
+            f"--{name} {value:g} is no whole number of bits. An average over layers needs schemes to choose from: "
+            f"--avg-bits {value:g} --options W2A16G64,W4A16"
         )
     return int(value)
 

@@ -128,6 +128,10 @@ class Codec(ABC):
         """
         return lambda knobs: self.dequantize(self.quantize(w, spec, {**fixed, **knobs})).to(w.dtype)
 
+    def rejects_row(self, columns: int) -> str | None:
+        """Why rows of so many columns cannot be held, or None. Default: any can."""
+        return None
+
     def cost(self, spec: TensorSpec, shape: tuple[int, int]) -> float:
         """Bits per weight with everything that is stored for a matrix of `shape` (O, I)."""
         # What is stored follows from shapes alone, so there is no table of overheads to keep true.

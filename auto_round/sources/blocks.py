@@ -10,6 +10,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
+from auto_round.core.errors import PlanError
 from auto_round.models.anatomy import Anatomy, Layer
 from auto_round.models.capture import (
     Call,
@@ -26,6 +27,7 @@ from auto_round.models.window import CallsInTurn, window_name, windows
 from auto_round.sources.base import Block, Needs, Source
 from auto_round.sources.dataset import Calibration
 from auto_round.sources.expert_inputs import tell_starved
+from auto_round.sources.gradients import GradientBlock, Gradients, Predictor, Visit, predicted
 from auto_round.sources.live_block import Chain, Execution, LiveBlock
 from auto_round.sources.outside_block import OutsideBlock
 from auto_round.sources.rows import Notices, Rows
@@ -83,6 +85,68 @@ class LiveSource(Source):
         for layer in outside:
             yield self._outside(layer, recorder, chain)
 
+    def backwards(self, wanted: Iterable[str], seed: int, *, inputs: bool = False) -> Iterator[Visit]:
+        """(Weights, gradients for each sample) of the head and of every block, from the last to the first.
+
+        Of minus the log-probability of tokens that the model predicts itself, see `predicted`. Weights: layer among
+        `wanted` -> (O, I). inputs: whether gradients of the layers' inputs are wanted too.
+        Raises PlanError for a model with several lists of blocks, whose gradients meet in places not known here.
+        """
+        if len(self.anatomy.block_lists) > 1:
+            raise PlanError(
+                "gradients of this model are not known: it has blocks in several places "
+                f"({', '.join(blocks[0] for blocks in self.anatomy.block_lists)}). Give bits per layer in layer_config"
+            )
+        self._needs, names, blocks = Needs.STATISTICS, set(wanted), self.anatomy.block_lists[0]
+        recorder = Recorder(self.model, [self.model.get_submodule(name) for name in blocks])
+        chain, calls = self._capture(recorder, blocks)
+        arrived: list[Rows] = []
+        for name, call in zip(blocks, calls, strict=True):
+            block = self._block((name,), chain, [call], False)
+            arrived.append(chain.plain)
+            self.done(block, {})
+        above = chain.plain.like()
+        top, samples = self._gradients_after(recorder, chain.plain, above, names, seed)
+        yield top, samples
+        _finish(samples)
+        self._home.drop()
+        for name, call, states in reversed(list(zip(blocks, calls, arrived, strict=True))):
+            there = Chain(states, states, chain.notices)
+            visited = self._block((name,), there, [call], None, kind=GradientBlock)
+            assert isinstance(visited, GradientBlock), "as asked for"
+            layers = [layer for layer in visited.weights if layer in names]
+            samples = self._gradients_in(visited, above, layers, inputs=inputs)
+            yield {layer: visited.weights[layer] for layer in layers}, samples
+            _finish(samples)
+            self._leave(visited, {})
+
+    def _gradients_after(
+        self, recorder: Recorder, hidden: Rows, above: Rows, wanted: Collection[str], seed: int
+    ) -> Visit:
+        parameters, head = self._outside_parameters(), self.anatomy.head
+        key = next((n for n in (f"{head}.weight", f"{self.anatomy.embedding}.weight") if n in parameters), "")
+        leaf = parameters[key].requires_grad_() if head in wanted else None
+        predictor, generator = self._predictor(recorder, parameters), torch.Generator().manual_seed(seed)
+
+        def samples() -> Iterator[Gradients]:
+            for row in range(len(hidden)):
+                states = hidden[[row]].to(self.execution.device).requires_grad_()
+                valid = None if self.data is None or self.data.valid is None else self.data.valid[[row]]
+                with torch.enable_grad():
+                    lost = predicted(predictor([row], states), valid, generator)
+                found = torch.autograd.grad(lost, [states] if leaf is None else [states, leaf])
+                above[[row]] = found[0]
+                yield Gradients({str(head): found[1]} if leaf is not None else {})
+
+        return ({} if leaf is None else {str(head): leaf.detach()}), samples()
+
+    def _gradients_in(
+        self, block: GradientBlock, above: Rows, layers: Sequence[str], *, inputs: bool
+    ) -> Iterator[Gradients]:
+        for row in range(len(above)):
+            found, above[[row]] = block.gradients(row, above[[row]], layers, inputs=inputs)
+            yield found
+
     def sample(self, name: str, needs: Needs) -> Callable[[], Block]:
         """What makes the block or outside layer `name`, on the embedded samples. A block comes with its window."""
         self._needs = needs if self.data is not None else Needs.NOTHING
@@ -121,16 +185,22 @@ class LiveSource(Source):
         shared = layer.name == self.anatomy.embedding
         return OutsideBlock(layer, module, self.execution, inputs, valid, shared=shared)
 
-    def _after(self, recorder: Recorder) -> Callable[[Sequence[int], Tensor], Tensor] | None:
-        """From hidden states after the last block to logits, by the model's own norm and head."""
-        if not self.execution.language or self.data is None:
-            return None
-        data, device = self.data, self.execution.device
+    def _after(self, recorder: Recorder) -> Predictor | None:
+        wanted = self.execution.language and self.data is not None
+        return self._predictor(recorder, self._outside_parameters()) if wanted else None
+
+    def _outside_parameters(self) -> dict[str, Tensor]:
+        """What the model has outside its blocks, in float32."""
         self._home.fill_outside(None)
         inside = tuple(f"{block}." for block in self.anatomy.in_order())
         # float32: small differences between predictions are what is looked at.
         tensors = {n: p for n, p in self.model.named_parameters() if not n.startswith(inside)}
-        parameters = {n: p.detach().to(device, torch.float32) for n, p in tensors.items()}
+        return {n: p.detach().to(self.execution.device, torch.float32) for n, p in tensors.items()}
+
+    def _predictor(self, recorder: Recorder, parameters: Mapping[str, Tensor]) -> Predictor:
+        """From hidden states after the last block to logits, by the model's own norm and head."""
+        assert self.data is not None, "predictions need data"
+        data, device = self.data, self.execution.device
 
         def logits(rows: Sequence[int], hidden: Tensor) -> Tensor:
             mask = None if data.attention_mask is None else data.attention_mask[list(rows)].to(device)
@@ -163,6 +233,9 @@ class LiveSource(Source):
         if isinstance(block, LiveBlock) and self._needs is not Needs.NOTHING:
             wanted = self._needs is Needs.FORWARD and self.execution.quantized_inputs
             block.advance(replaced, quantized=wanted and block.name != self._last_block)
+        self._leave(block, replaced)
+
+    def _leave(self, block: Block, replaced: Mapping[str, Tensor]) -> None:
         if isinstance(block, LiveBlock):
             block.release()
         if isinstance(block, (LiveBlock, OutsideBlock)) and self._home.keeps:
@@ -177,9 +250,11 @@ class LiveSource(Source):
         members: tuple[str, ...],
         chain: Chain | None,
         calls: Sequence[Calls],
-        gather: bool,
-        after: Callable[[Sequence[int], Tensor], Tensor] | None = None,
+        gather: bool | None,
+        after: Predictor | None = None,
+        kind: type[LiveBlock] = LiveBlock,
     ) -> LiveBlock:
+        """gather: whether statistics are wanted; None when the block is not even to be run as it is."""
         layers = {n: layer for n, layer in self.anatomy.layers.items() if layer.block in members}
         self._filled = members
         for name in members:
@@ -188,7 +263,7 @@ class LiveSource(Source):
             e for e in self.anatomy.experts if e.path.startswith(tuple(f"{name}." for name in members))
         ]
         modules = {name: self.model.get_submodule(name) for name in members}
-        block = LiveBlock(modules, layers, self.execution, experts, after)
+        block = kind(modules, layers, self.execution, experts, after)
         if chain is not None and calls:
             own = calls[0] if len(calls) == 1 else CallsInTurn(calls)
             block.attach(chain, own, None if self.data is None else self.data.valid)
@@ -201,7 +276,8 @@ class LiveSource(Source):
                         self.execution.amp,
                         why,
                     )
-                block.observe(statistics=gather)
+                if gather is not None:
+                    block.observe(statistics=gather)
             self._tokens.update(block.tokens)
         return block
 
@@ -267,3 +343,9 @@ class LiveSource(Source):
         found = Chain(plain, plain if chain.quantized is chain.plain else through(chain.quantized))
         self._home.drop()
         return found
+
+
+def _finish(samples: Iterator[object]) -> None:
+    """Go through what nobody asked for: what comes before a block needs the gradients of all samples."""
+    for _ in samples:
+        continue

@@ -151,20 +151,31 @@ def quantized_expert_inputs(
     module: nn.Module, experts: Experts, grids: Mapping[str, InputGrid]
 ) -> Iterator[None]:
     """While the context lasts, the layers of `experts` get their inputs as `grids` (layer -> grid) leave them."""
+    mine = {name: grids[name] for name, _ in experts.pieces() if name in grids}
+
+    def quantized(layer: str, x: Tensor) -> Tensor:
+        grid = mine.get(layer)
+        return x if grid is None else fake_inputs(x, grid.spec, grid.fixed)
+
+    with changed_expert_inputs(module, experts, quantized) if mine else nullcontext():
+        yield
+
+
+@contextmanager
+def changed_expert_inputs(
+    module: nn.Module, experts: Experts, change: Callable[[str, Tensor], Tensor]
+) -> Iterator[None]:
+    """While the context lasts, the layers of `experts` get what `change` makes of (layer, input)."""
     pieces = dict(experts.pieces())
-    mine = {name: grid for name, grid in grids.items() if name in pieces}
 
     def linear(layer: str, x: Tensor) -> Tensor:
-        grid = mine.get(layer)
-        return matrix_product(
-            module, pieces[layer], x if grid is None else fake_inputs(x, grid.spec, grid.fixed)
-        )
+        return matrix_product(module, pieces[layer], change(layer, x))
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         hidden, *routing = (*args, *kwargs.values())
         return routed(experts, lambda e, x: expert_output(module, experts, e, x, linear), hidden, *routing)
 
-    with replaced_forwards([module], [forward]) if mine else nullcontext():
+    with replaced_forwards([module], [forward]):
         yield
 
 

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from auto_round.core.quantized import Knobs
 from auto_round.core.scheme import TensorSpec
 from auto_round.models.anatomy import Layer, parameters_for
-from auto_round.models.capture import Calls
+from auto_round.models.capture import Call, Calls
 from auto_round.models.device import elsewhere
 from auto_round.models.experts import Experts
 from auto_round.models.window import CallsInTurn, Chained, window_name, window_prefix
@@ -146,9 +146,8 @@ class LiveBlock(Block):
             self._forward(self._chain.plain, [0], None)
         except RuntimeError as error:
             self._execution = replace(self._execution, amp=None)
-            self._forward(
-                self._chain.plain, [0], None
-            )  # an error of float32 too has nothing to do with dtypes
+            # An error of float32 too has nothing to do with dtypes.
+            self._forward(self._chain.plain, [0], None)
             return _first_line(error)
         return None
 
@@ -157,12 +156,8 @@ class LiveBlock(Block):
         plain = [name for name, layer in self._layers.items() if layer.piece is None]
         seen: list[tuple[Tensor, str]] = []
         hooks = [self._gather(name, seen) for name in plain] if statistics else []
-        experts = BlockExperts(
-            self._submodule,
-            self._experts if statistics else (),
-            plain if statistics else (),
-            lambda: self.valid(self._rows),
-        )
+        fused, apart = (self._experts, plain) if statistics else ((), [])
+        experts = BlockExperts(self._submodule, fused, apart, lambda: self.valid(self._rows))
         # In place of the inputs, batch by batch, as soon as nobody looks at those again: neither as the quantized chain
         # nor to feed starved experts.
         again = self._chain.quantized is self._chain.plain or (statistics and self._experts)
@@ -234,9 +229,8 @@ class LiveBlock(Block):
     def scale_channels(self, channels: Channels, factors: Tensor) -> None:
         """In the module, so that it computes the same, with and without given weights."""
         assert self._scaler is not None, "channels are found before they are scaled"
-        self._moments[channels.readers[0]].divide(
-            self._scaler.scale(channels, factors)
-        )  # shared by all of them
+        # Shared by all of them.
+        self._moments[channels.readers[0]].divide(self._scaler.scale(channels, factors))
         for name in channels.readers:
             self._limits.pop(name, None)  # those of inputs as they were
         for name in channels.layers():
@@ -279,42 +273,48 @@ class LiveBlock(Block):
         self, hidden: Rows, rows: Sequence[int], weights: Mapping[str, Tensor] | None, *, leave: bool = False
     ) -> Tensor:
         """leave: whether what the block leaves for later ones is kept."""
-        device = self._execution.device
-        call = self._calls.batch(rows, device)
-        chain = self._chain
-        notices = chain.notices if hidden is chain.plain else chain.quantized_notices
-        if call.board is not None:
-            call.board.update(notices.show(rows, device))
         # The few tokens of a starved expert would speak for all that it may ever get: no gradient comes from them.
         still = self.starved if len(self.starved) < len(weights or {}) else ()
         weights = {name: w.detach() if name in still else w for name, w in (weights or {}).items()}
-        parameters = {self._inside(name): value for name, value in self._parameters(weights).items()}
-
-        def module(*args: object, **kwargs: object) -> object:
-            return (
-                functional_call(self.module, parameters, args, kwargs)
-                if parameters
-                else self.module(*args, **kwargs)
-            )
-
+        parameters = self._parameters(weights)
+        notices = self._chain.notices if hidden is self._chain.plain else self._chain.quantized_notices
+        call = self._call(rows, notices)
         with (
             # A run with its own weights is never differentiated; a graph would only hold its activations.
             torch.set_grad_enabled(bool(parameters) and torch.is_grad_enabled()),
-            self._execution.autocast(),
             self._quantized_inputs(self._grids if parameters else {}),
         ):
-            states = hidden[list(rows)].to(device)
-            try:
-                out = call.run(module, states).float()
-            except torch._dynamo.exc.TorchDynamoException as error:  # raised by compiled blocks only
-                logger.warning(
-                    "%s: torch.compile failed, going on without: %s", self.name, _first_line(error)
-                )
-                self._run_eagerly()
-                out = call.run(module, states).float()
+            out = self._computed(call, hidden[list(rows)].to(self._execution.device), parameters)
         if leave and call.board is not None:
             notices.post(rows, call.board)
         return out
+
+    def differentiable(self, row: int, states: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Output (1, T, H) for one sample's original `states`, with these values of the model's parameters."""
+        return self._computed(self._call([row], self._chain.notices), states, parameters)
+
+    def _call(self, rows: Sequence[int], notices: Notices) -> Call:
+        call = self._calls.batch(rows, self._execution.device)
+        if call.board is not None:
+            call.board.update(notices.show(rows, self._execution.device))
+        return call
+
+    def _computed(self, call: Call, states: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        inside = {self._inside(name): value for name, value in parameters.items()}
+
+        def module(*args: object, **kwargs: object) -> object:
+            return (
+                functional_call(self.module, inside, args, kwargs) if inside else self.module(*args, **kwargs)
+            )
+
+        with self._execution.autocast():
+            try:
+                return call.run(module, states).float()
+            except torch._dynamo.exc.TorchDynamoException as error:  # raised by compiled blocks only
+                why = _first_line(error)
+                logger.warning("%s: torch.compile failed, going on without: %s", self.name, why)
+                self._run_eagerly()
+                return call.run(module, states).float()
 
     def _run_eagerly(self) -> None:
         for member in self.members:

@@ -1,0 +1,166 @@
+"""From an `AutoScheme` to a scheme for each layer, before the job itself is planned."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from auto_round.codecs.base import codec_of, preset
+from auto_round.core.auto_scheme import AutoScheme
+from auto_round.core.errors import AutoRoundError, PlanError
+from auto_round.core.plan import Plan
+from auto_round.core.scheme import Scheme
+from auto_round.core.selection import Selection, make_plan, parse_ignore, parse_layer_config
+from auto_round.formats.base import Format
+from auto_round.jobs.auto_scheme import (
+    NSAMPLES,
+    SEQLEN,
+    Candidates,
+    Mix,
+    Sensitivities,
+    agreeing,
+    stored_bits,
+)
+from auto_round.jobs.planner import base_memory, rounded
+from auto_round.material import Material
+from auto_round.models.anatomy import Anatomy
+from auto_round.models.device import execution_dtype, parse_devices
+from auto_round.models.shards import parse_size
+from auto_round.options import Options
+from auto_round.sources.base import Needs
+from auto_round.sources.blocks import LiveSource
+from auto_round.sources.live_block import Execution
+
+logger = logging.getLogger("auto_round")
+
+
+def mixed(model: str | Path | nn.Module, tokenizer: Any, options: Options, formats: Sequence[Format]) -> Mix:
+    """The choice that `options.scheme`, an `AutoScheme`, stands for; what `formats` cannot hold is refused first.
+
+    Raises PlanError for a budget that is not possible, or a limit of memory that cannot be kept.
+    """
+    wish = options.scheme
+    assert isinstance(wish, AutoScheme), "nothing is to be chosen"
+    schemes = wish.schemes(preset)
+    scoring = scoring_options(options, wish, next(iter(schemes.values())))
+    material = Material(model, tokenizer, scoring, scoring.scheme)
+    body = material.subject().anatomy
+    plan = _undecided(body, scoring)
+    # llama.cpp merges nothing; servers want the same scheme for q, k and v, gate and up, and all experts of a block.
+    whole = any(fmt.whole_model for fmt in formats)
+    candidates = _candidates(body, plan, schemes, wish, servers=not whole)
+    candidates.check(wish.avg_bits)
+    for label, scheme in {} if whole else schemes.items():
+        _check_formats(label, plan.override(dict.fromkeys(candidates.layers, scheme), "AutoScheme"), formats)
+    _check_memory(material, scoring)
+    data = material.samples(Needs.FORWARD, Needs.FORWARD)
+    assert data is not None, "required data is there or an error"
+    device = parse_devices(scoring.device_map).main
+    execution = Execution(
+        device=device, quantized_inputs=False, amp=execution_dtype(device) if scoring.amp else None,
+        activations="file" if wish.low_gpu_mem_usage else "memory", compiled=bool(scoring.enable_torch_compile),
+    )  # fmt: skip
+    numbers = options.numbers()
+    logger.info(
+        "AutoScheme: %d layers in %d groups, %d options, measured on %d samples of %d tokens",
+        len(candidates.layers), len(candidates.groups), len(schemes), *data.tokens.shape,
+    )  # fmt: skip
+    found = Sensitivities(candidates, searched=not numbers.disable_opt_rtn)
+    tokens = data.tokens.numel() if data.valid is None else int(data.valid.sum())
+    with torch.no_grad():
+        found.measure(LiveSource(material.runnable(), body, execution, data), tokens, options.seed)
+    mix = found.choose(wish.avg_bits)
+    logger.info("AutoScheme: %s", mix)
+    return mix
+
+
+def _check_formats(label: str, plan: Plan, formats: Sequence[Format]) -> None:
+    for fmt in formats:
+        try:
+            fmt.resolve(plan).check(plan)
+        except AutoRoundError as error:
+            raise type(error)(f"AutoScheme option {label}: {error}") from error
+
+
+def scoring_options(options: Options, wish: AutoScheme, scheme: Scheme) -> Options:
+    """Those of the job with the wish's own data and machine, for a model that is run and not quantized."""
+
+    def said(name: str, otherwise: Any) -> Any:
+        return otherwise if getattr(wish, name) is None else getattr(wish, name)
+
+    seqlen = min(SEQLEN, options.numbers().seqlen)
+    return Options(
+        scheme=scheme, layer_config=options.layer_config, ignore_layers=options.ignore_layers,
+        quant_lm_head=options.quant_lm_head, to_quant_block_names=options.to_quant_block_names,
+        nsamples=said("nsamples", NSAMPLES), seqlen=said("seqlen", seqlen), seed=options.seed, amp=options.amp,
+        dataset=said("dataset", options.dataset), device_map=said("device_map", options.device_map),
+        enable_torch_compile=said("enable_torch_compile", options.enable_torch_compile),
+        low_cpu_mem_usage=options.low_cpu_mem_usage, model_dtype=options.model_dtype, max_ram=options.max_ram,
+        trust_remote_code=options.trust_remote_code, platform=options.platform, disable_model_free=True,
+    )  # fmt: skip
+
+
+def _undecided(body: Anatomy, options: Options) -> Plan:
+    """The plan in which a layer has a reason when somebody has decided about it."""
+    selection = Selection(
+        base=options.scheme,
+        layer_config=parse_layer_config(options.layer_config),
+        ignore_layers=parse_ignore(options.ignore_layers),
+    )
+    default = body.in_blocks()
+    if options.quant_lm_head and body.head is not None:
+        default.append(body.head)
+    return make_plan(body.shapes(), selection, preset, default=default, fused=body.fused())
+
+
+def _candidates(
+    body: Anatomy, plan: Plan, schemes: Mapping[str, Scheme], wish: AutoScheme, *, servers: bool
+) -> Candidates:
+    layers = {}
+    for name, shape in plan.shapes.items():
+        specs = [scheme.weight for scheme in schemes.values() if scheme.weight is not None]
+        refused = next((why for spec in specs if (why := codec_of(spec).rejects_row(shape[1]))), None)
+        if refused is not None:
+            logger.info("AutoScheme: %s is left to the format: %s", name, refused)
+        elif name not in plan.why:
+            layers[name] = shape
+    if not layers:
+        raise PlanError(
+            "AutoScheme: no layer is left to choose for; leave some out of layer_config and ignore_layers"
+        )
+    fixed = {name: plan[name] for name in plan.quantized() if name in plan.why}
+    groups = agreeing(
+        {name: body.layers[name].block for name in layers},
+        body.fused() if servers else (),
+        wish.shared_layers or (),
+    )
+    codes_only = wish.ignore_scale_zp_bits
+    return Candidates(
+        schemes=schemes, layers=layers, groups=groups, codes_only=codes_only,
+        taken=sum(stored_bits(scheme, plan.shapes[n], codes_only=codes_only) for n, scheme in fixed.items()),
+        counted=sum(plan.shapes[n][0] * plan.shapes[n][1] for n in fixed),
+    )  # fmt: skip
+
+
+def _check_memory(material: Material, options: Options) -> None:
+    """Raise PlanError when measuring would break `max_ram`, naming the smallest that would do."""
+    if options.max_ram is None:
+        return
+    tree = material.subject().tree
+    assert tree is not None, "jobs with data have a module tree"
+    blocks = material.subject().anatomy.in_order()
+    sizes = [sum(p.numel() for p in tree.get_submodule(name).parameters()) for name in blocks]
+    outside = sum(p.numel() for p in tree.parameters()) - sum(sizes)
+    # float32: weights, gradients, their squares and one option's errors of a block; embedding, head and its gradient.
+    least = base_memory() + 4 * max(5 * max(sizes), 2 * outside)
+    most = parse_size(options.max_ram, "max_ram")
+    if least > most:
+        raise PlanError(
+            f"max_ram {most:,} bytes is not enough for AutoScheme, whose gradients take {least:,}. Give --max-ram "
+            f"{rounded(least)}, or a scheme per layer in layer_config"
+        )

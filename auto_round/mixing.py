@@ -27,6 +27,8 @@ from auto_round.jobs.auto_scheme import (
     stored_bits,
 )
 from auto_round.jobs.planner import base_memory, rounded
+from auto_round.jobs.quantize import Pass
+from auto_round.jobs.starts import start
 from auto_round.material import Material
 from auto_round.models.anatomy import Anatomy
 from auto_round.models.device import execution_dtype, parse_devices
@@ -35,6 +37,7 @@ from auto_round.options import Options
 from auto_round.sources.base import Needs
 from auto_round.sources.blocks import LiveSource
 from auto_round.sources.live_block import Execution
+from auto_round.steps.base import Step
 
 logger = logging.getLogger("auto_round")
 
@@ -51,11 +54,9 @@ def mixed(model: str | Path | nn.Module, tokenizer: Any, options: Options, forma
     material = Material(model, tokenizer, scoring, scoring.scheme)
     body = material.subject().anatomy
     plan = _undecided(body, scoring)
-    # llama.cpp merges nothing; servers want the same scheme for q, k and v, gate and up, and all experts of a block.
-    whole = any(fmt.whole_model for fmt in formats)
-    candidates = _candidates(body, plan, schemes, wish, servers=not whole)
+    candidates = _candidates(body, plan, schemes, wish, merged=any(fmt.merged for fmt in formats))
     candidates.check(wish.avg_bits)
-    for label, scheme in {} if whole else schemes.items():
+    for label, scheme in schemes.items():
         _check_formats(label, plan.override(dict.fromkeys(candidates.layers, scheme), "AutoScheme"), formats)
     _check_memory(material, scoring)
     data = material.samples(Needs.FORWARD, Needs.FORWARD)
@@ -65,22 +66,33 @@ def mixed(model: str | Path | nn.Module, tokenizer: Any, options: Options, forma
         device=device, quantized_inputs=False, amp=execution_dtype(device) if scoring.amp else None,
         activations="file" if wish.low_gpu_mem_usage else "memory", compiled=bool(scoring.enable_torch_compile),
     )  # fmt: skip
-    numbers = options.numbers()
     logger.info(
         "AutoScheme: %d layers in %d groups, %d options, measured on %d samples of %d tokens",
         len(candidates.layers), len(candidates.groups), len(schemes), *data.tokens.shape,
     )  # fmt: skip
-    found = Sensitivities(candidates, searched=not numbers.disable_opt_rtn)
+    found = Sensitivities(candidates)
     tokens = data.tokens.numel() if data.valid is None else int(data.valid.sum())
+    passes = {label: Pass(plan.override(dict.fromkeys(candidates.layers, scheme), "AutoScheme"), _steps(options), [])
+              for label, scheme in schemes.items()}  # fmt: skip
     with torch.no_grad():
-        found.measure(LiveSource(material.runnable(), body, execution, data), tokens, options.seed)
+        found.measure(LiveSource(material.runnable(), body, execution, data), passes, tokens, options.seed)
     mix = found.choose(wish.avg_bits)
     logger.info("AutoScheme: %s", mix)
     return mix
 
 
+def _steps(options: Options) -> list[Step]:
+    """What weights go through before they are tuned, if they are: errors are those of what is really rounded."""
+    numbers = options.numbers()
+    if options.model_free:
+        return [] if numbers.disable_opt_rtn else start("search")
+    return start(options.start_of(numbers))
+
+
 def _check_formats(label: str, plan: Plan, formats: Sequence[Format]) -> None:
-    for fmt in formats:
+    for fmt in (
+        fmt for fmt in formats if not fmt.whole_model
+    ):  # those choose for themselves what they cannot hold
         try:
             fmt.resolve(plan).check(plan)
         except AutoRoundError as error:
@@ -119,7 +131,7 @@ def _undecided(body: Anatomy, options: Options) -> Plan:
 
 
 def _candidates(
-    body: Anatomy, plan: Plan, schemes: Mapping[str, Scheme], wish: AutoScheme, *, servers: bool
+    body: Anatomy, plan: Plan, schemes: Mapping[str, Scheme], wish: AutoScheme, *, merged: bool
 ) -> Candidates:
     layers = {}
     for name, shape in plan.shapes.items():
@@ -136,7 +148,7 @@ def _candidates(
     fixed = {name: plan[name] for name in plan.quantized() if name in plan.why}
     groups = agreeing(
         {name: body.layers[name].block for name in layers},
-        body.fused() if servers else (),
+        body.fused() if merged else (),
         wish.shared_layers or (),
     )
     codes_only = wish.ignore_scale_zp_bits

@@ -167,7 +167,7 @@ def plan_for(
         )
     if body.tied and body.head in plan.quantized():
         plan = plan.noted(f"{body.head} is tied to the embedding: untied, since it is to be quantized")
-    plan = plan.noted(*body.notes, *(() if whole else _mixed(plan)))
+    plan = plan.noted(*body.notes, *(_mixed(plan) if any(fmt.merged for fmt in formats) else ()))
     for note in plan.notes:
         logger.warning(note)
     check_sources(subject, plan)

@@ -4,7 +4,8 @@
         --peer /path/to/peer/bin/python --out benchmarks/results/auto_scheme.jsonl
 
 Both look at 16 samples of 256 tokens. Upstream counts zero points of symmetric schemes, which are not stored, so that
-it spends less than the budget; "ours, spent" has what upstream's choice really takes. KL and top-1 are against the
+it spends less than the budget; ours has what upstream's choice really takes. "ours" gives layers that servers merge the
+same scheme (q, k and v; gate and up), "ours, apart" does not, as upstream. KL and top-1 are against the
 original on held-out text; CPU seconds are those of choosing, the import of the package and of the model included.
 """
 
@@ -35,15 +36,15 @@ if __name__ == "__main__":
 OURS = """
 import sys, json
 from auto_round import AutoRound, AutoScheme
-model, bits, options, data, out = sys.argv[1:]
+model, bits, options, data, out, kind, recipe = sys.argv[1:]
 made = AutoRound(model, scheme=AutoScheme(avg_bits=float(bits), options=options), iters=0, nsamples=1, seqlen=256,
-                 dataset=data, device_map="cpu", disable_opt_rtn=True)
-made.quantize_and_save(out + ".model")
+                 dataset=data, device_map="cpu", disable_opt_rtn=recipe == "rtn")
+made.quantize_and_save(out + ".model", format=kind)
 json.dump(made.plan.flat(), open(out, "w"))
 """
 
 
-def chosen(python: str, script: str, args: argparse.Namespace, bits: float) -> tuple[dict, float]:
+def chosen(python: str, script: str, args: argparse.Namespace, bits: float, *more: str) -> tuple[dict, float]:
     """(Layer -> settings, CPU seconds) of one side."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "layers.json"
@@ -55,7 +56,7 @@ def chosen(python: str, script: str, args: argparse.Namespace, bits: float) -> t
             str(bits),
             args.options,
         ]
-        command += [str(args.calibration.resolve()), str(out)]
+        command += [str(args.calibration.resolve()), str(out), *more]
         log = Path(folder) / "log"
         env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" or python != args.peer}
         with log.open("w") as file:
@@ -91,10 +92,9 @@ def judged(args: argparse.Namespace, layers: dict, recipe: str) -> dict[str, flo
     return {"stored_bits": round(bits / weights, 4), "kl": found.kl, "top1": found.top1}
 
 
-def measured(args: argparse.Namespace, side: str, layers: dict, seconds: float) -> list[dict]:
-    """A row per recipe."""
-    about = {"side": side, "cpu": round(seconds, 1)}
-    return [{**about, "recipe": recipe, **judged(args, layers, recipe)} for recipe in ("rtn", "opt_rtn")]
+def row_of(args: argparse.Namespace, side: str, recipe: str, layers: dict, seconds: float) -> dict:
+    """What a row says beside the budget."""
+    return {"side": side, "recipe": recipe, "cpu": round(seconds, 1), **judged(args, layers, recipe)}
 
 
 def main() -> None:
@@ -118,14 +118,17 @@ def main() -> None:
         if any(about.items() <= row.items() for row in done):
             continue
 
-        theirs, seconds = chosen(args.peer, PEER, args, bits)
-        rows = measured(args, "upstream", theirs, seconds)
-        for side, budget in (("ours", bits), ("ours, spent", rows[0]["stored_bits"])):
-            rows += measured(args, side, *chosen(sys.executable, OURS, args, budget))
+        rows, theirs = [], chosen(args.peer, PEER, args, bits)
+        for recipe in ("rtn", "opt_rtn"):
+            rows.append({**about, **row_of(args, "upstream", recipe, *theirs)})
+            spent = rows[-1]["stored_bits"]
+            for side, kind in (("ours", "auto_round"), ("ours, apart", "fake")):
+                mine = chosen(sys.executable, OURS, args, spent, kind, recipe)
+                rows.append({**about, **row_of(args, side, recipe, *mine)})
         with args.out.open("a") as file:
             for row in rows:
-                print(json.dumps({**about, **row}), flush=True)
-                file.write(json.dumps({**about, **row}) + "\n")
+                print(json.dumps(row), flush=True)
+                file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

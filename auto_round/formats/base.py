@@ -53,6 +53,7 @@ class Format(ABC):
         False  # one file with embedding and head quantized too, instead of a checkpoint folder
     )
     holds_embedding: bool = False  # whether its readers take a quantized input embedding
+    merged: bool = True  # whether some readers merge layers, q, k and v for one, which must then be alike
     scheme: Scheme | None = None  # the scheme that choosing this format means
 
     def cache_scales(self, ranges: Mapping[str, tuple[Tensor, Tensor]], dtype: str) -> dict[str, Tensor]:

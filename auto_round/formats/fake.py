@@ -20,6 +20,7 @@ class Fake(Format):
     name = "fake"
     holds_codes = False
     holds_embedding = True
+    merged = False
 
     def reject(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """Holds everything."""

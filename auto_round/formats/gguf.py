@@ -156,6 +156,7 @@ class GGUF(Format):
     file_type: int
     scheme: Scheme | None
     whole_model: bool = True
+    merged: bool = False
 
     def reject(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """Block types only, in rows of whole blocks."""

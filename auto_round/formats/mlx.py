@@ -39,6 +39,8 @@ GROUPS = (32, 64, 128)
 class MLX(Format):
     """`weight` uint32 (O, I * bits / 32), `scales` and `biases` (O, groups per row)."""
 
+    merged = False
+
     def __init__(self, name: str, *, own_loader: bool) -> None:
         self.name, self.own_loader = name, own_loader
         self.holds_embedding = not own_loader  # transformers has no module for one

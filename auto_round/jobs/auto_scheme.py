@@ -1,28 +1,28 @@
 """Which scheme each layer gets within a budget of bits: what a choice costs the model's predictions, and a knapsack.
 
-To second order, the KL divergence from the original's predictions is half the squared error of each weight times its
-Fisher information, the mean square of the gradient of log-probabilities of tokens that the model draws itself
-(Amari, Natural gradient works efficiently in learning, 1998; its diagonal: LeCun et al., Optimal Brain Damage, 1990).
+To second order, the KL divergence from the original's predictions is half the squared error of a layer's outputs times
+their Fisher information: the squared gradient of log-probabilities of tokens that the model draws itself (Amari,
+Natural gradient works efficiently in learning, 1998). Outputs count one by one, for rows are rounded independently.
 One pass forward and one backward serve all options.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from auto_round.codecs.base import codec_of, fake, fake_inputs, stored_inputs
+from auto_round.codecs.base import codec_of, fake_inputs, stored_inputs
 from auto_round.core.allocation import Option, allocate
 from auto_round.core.errors import PlanError
-from auto_round.core.quantized import NEUTRAL
 from auto_round.core.scheme import FLOAT_BITS, Scheme, TensorSpec
 from auto_round.core.selection import matches
+from auto_round.jobs.quantize import Pass, quantize_block
+from auto_round.sources.base import Block
 from auto_round.sources.blocks import LiveSource
-from auto_round.sources.gradients import Gradients
 
 NSAMPLES, SEQLEN = 16, 256
 """Upstream's numbers; the divergence of single layers is within a fifth of the measured one with so many."""
@@ -73,7 +73,8 @@ class Candidates:
 class Mix:
     """What was chosen. base: label of the scheme that most weights have. bits: on average. counts: label -> layers.
 
-    loss: predicted KL divergence in nats per token, when rounded. alone: label -> (bits, loss) with all layers alike.
+    loss: KL divergence in nats per token before tuning, that of every layer alone added up.
+    alone: label -> (bits, loss) with all layers alike.
     """
 
     chosen: Mapping[str, Scheme]
@@ -87,55 +88,54 @@ class Mix:
         parts = ", ".join(f"{count} layers {label}" for label, count in self.counts.items())
         others = (f"{label} {bits:.2f} bits {loss:.3g}" for label, (bits, loss) in self.alone.items())
         return (
-            f"{self.bits:.3f} bits per weight: {parts}; predicted KL before tuning {self.loss:.3g} "
-            f"(all layers alike: {', '.join(others)})"
+            f"{self.bits:.3f} bits per weight: {parts}; the layers' KL before tuning adds up to {self.loss:.3g} "
+            f"(all alike: {', '.join(others)})"
         )
 
 
 class Sensitivities:
     """Loss of every layer under every scheme, in nats per token."""
 
-    def __init__(self, candidates: Candidates, *, searched: bool) -> None:
-        """searched: whether ranges will be searched, or weights plainly rounded."""
-        self.candidates, self._searched = candidates, searched
+    def __init__(self, candidates: Candidates) -> None:
+        self.candidates = candidates
         self.losses: dict[str, dict[str, float]] = {
             layer: dict.fromkeys(candidates.schemes, 0.0) for layer in candidates.layers
         }
 
-    def measure(self, source: LiveSource, tokens: int, seed: int) -> None:
-        """Go through the model backwards. tokens: those that count."""
-        inputs = any(scheme.act is not None for scheme in self.candidates.schemes.values())
-        for weights, samples in source.backwards(self.candidates.layers, seed, inputs=inputs):
-            squares: dict[str, Tensor] = {}
-            for found in samples:
-                for layer, gradient in found.weights.items():
-                    # One sample at a time: the square of a sum over samples would be another thing.
-                    total = squares.setdefault(layer, torch.zeros_like(gradient))
-                    total.addcmul_(gradient, gradient)
-                self._add_inputs(found, tokens)
-            for layer, square in squares.items():
-                self._add_weights(layer, weights[layer].float(), square / tokens)
-
-    def _add_inputs(self, found: Gradients, tokens: int) -> None:
-        for label, scheme in self.candidates.schemes.items():
-            for layer, pairs in found.inputs.items() if scheme.act is not None else ():
-                assert scheme.act is not None, "looked at above"
-                for x, gradient in pairs:
-                    fixed = stored_inputs(scheme.act, *torch.aminmax(x.float()))
-                    error = fake_inputs(x, scheme.act, fixed).float() - x.float()
-                    lost = (error * gradient.float()).square().sum()
-                    self.losses[layer][label] += lost.item() / (2 * tokens)
-
-    def _add_weights(self, layer: str, weight: Tensor, information: Tensor) -> None:
-        for label, scheme in self.candidates.schemes.items():
-            spec = scheme.weight
-            if spec is None:
+    def measure(self, source: LiveSource, passes: Mapping[str, Pass], tokens: int, seed: int) -> None:
+        """Go through the model backwards. passes: label -> how weights get that scheme. tokens: those that count."""
+        for block, samples in source.backwards(self.candidates.layers, seed):
+            layers = [layer for layer in block.weights if layer in self.candidates.layers]
+            if not layers:
                 continue
-            knobs = NEUTRAL
-            if self._searched:
-                knobs = codec_of(spec).search(weight, spec, information.mean(0))
-            error = fake(weight, spec, knobs) - weight
-            self.losses[layer][label] += (information * error.square()).sum().item() / 2
+            errors = {label: _errors(block, layers, each) for label, each in passes.items()}
+            for products in samples:
+                for layer in layers:
+                    for x, gradient in products.get(layer, ()):
+                        self._add(layer, block.weights[layer], errors, x, gradient, tokens)
+
+    def _add(
+        self,
+        layer: str,
+        weight: Tensor,
+        errors: Mapping[str, Mapping[str, Tensor]],
+        x: Tensor,
+        gradient: Tensor,
+        tokens: int,
+    ) -> None:
+        """What the products of `layer` for inputs `x` (N, I) lose."""
+        of_inputs = None
+        for label, scheme in self.candidates.schemes.items():
+            if scheme.weight is None:
+                continue
+            seen, lost = x, 0.0
+            if scheme.act is not None:
+                seen = fake_inputs(x, scheme.act, stored_inputs(scheme.act, *torch.aminmax(x)))
+                # Errors of inputs are in all outputs at once, so that they count by the gradients of inputs.
+                of_inputs = gradient @ weight.float() if of_inputs is None else of_inputs
+                lost = float(((seen - x) * of_inputs).square().sum())
+            error = seen @ errors[label][layer].float().T
+            self.losses[layer][label] += (lost + float((error * gradient).square().sum())) / (2 * tokens)
 
     def choose(self, avg_bits: float) -> Mix:
         """The choice of least predicted loss. Raises what `Candidates.check` raises."""
@@ -171,6 +171,15 @@ class Sensitivities:
             self.candidates.bits(group, scheme),
             sum(self.losses[layer][label] for layer in group),
         )
+
+
+def _errors(block: Block, layers: Sequence[str], each: Pass) -> dict[str, Tensor]:
+    """Layer -> what quantizing adds to its weight (O, I), in bfloat16; of those that the scheme quantizes."""
+    part = replace(each, plan=each.plan.only(layers, each.plan.fused))
+    if not part.plan.quantized():
+        return {}
+    made, _ = quantize_block(block, part)
+    return {layer: (made[layer].float() - block.weights[layer].float()).bfloat16() for layer in layers}
 
 
 def stored_bits(scheme: Scheme, shape: tuple[int, int], *, codes_only: bool = False) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,27 +68,17 @@ def quantized_inputs(modules: Mapping[str, nn.Module], grids: Mapping[str, Input
     """
     last: list[tuple[Tensor, InputGrid, Tensor]] = []
 
-    def quantized(layer: str, x: Tensor) -> Tensor:
-        grid = grids[layer]
-        # By identity, which costs nothing: transformers hands q, k and v the very same tensor.
-        if not (last and last[0][0] is x and _same(last[0][1], grid)):
-            last[:] = [(x, grid, fake_inputs(x, grid.spec, grid.fixed))]
-        return last[0][2]
+    def hook(grid: InputGrid) -> Any:
+        def replaced(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x = args[0]
+            # By identity, which costs nothing: transformers hands q, k and v the very same tensor.
+            if not (last and last[0][0] is x and _same(last[0][1], grid)):
+                last[:] = [(x, grid, fake_inputs(x, grid.spec, grid.fixed))]
+            return (last[0][2], *args[1:])
 
-    with changed_inputs({name: modules[name] for name in grids}, quantized):
-        yield
+        return replaced
 
-
-@contextmanager
-def changed_inputs(
-    modules: Mapping[str, nn.Module], change: Callable[[str, Tensor], Tensor]
-) -> Iterator[None]:
-    """While the context lasts, `modules` (layer -> module) get what `change` makes of (layer, input)."""
-
-    def hook(layer: str) -> Any:
-        return lambda _module, args: (change(layer, args[0]), *args[1:])
-
-    handles = [module.register_forward_pre_hook(hook(layer)) for layer, module in modules.items()]
+    handles = [modules[name].register_forward_pre_hook(hook(grid)) for name, grid in grids.items()]
     try:
         yield
     finally:

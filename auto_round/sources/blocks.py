@@ -27,7 +27,15 @@ from auto_round.models.window import CallsInTurn, window_name, windows
 from auto_round.sources.base import Block, Needs, Source
 from auto_round.sources.dataset import Calibration
 from auto_round.sources.expert_inputs import tell_starved
-from auto_round.sources.gradients import GradientBlock, Gradients, Predictor, Visit, predicted
+from auto_round.sources.gradients import (
+    GradientBlock,
+    Predictor,
+    Products,
+    Visit,
+    gradients,
+    surprise,
+    watched,
+)  # fmt: skip
 from auto_round.sources.live_block import Chain, Execution, LiveBlock
 from auto_round.sources.outside_block import OutsideBlock
 from auto_round.sources.rows import Notices, Rows
@@ -85,11 +93,11 @@ class LiveSource(Source):
         for layer in outside:
             yield self._outside(layer, recorder, chain)
 
-    def backwards(self, wanted: Iterable[str], seed: int, *, inputs: bool = False) -> Iterator[Visit]:
-        """(Weights, gradients for each sample) of the head and of every block, from the last to the first.
+    def backwards(self, wanted: Iterable[str], seed: int) -> Iterator[Visit]:
+        """(Block, products of every sample) for the head, if it is among `wanted`, and every block from the last to the
+        first: layers' inputs with gradients of their outputs.
 
-        Of minus the log-probability of tokens that the model predicts itself, see `predicted`. Weights: layer among
-        `wanted` -> (O, I). inputs: whether gradients of the layers' inputs are wanted too.
+        Gradients are of the `surprise` of the model's predictions. Statistics of inputs are there as in `blocks`.
         Raises PlanError for a model with several lists of blocks, whose gradients meet in places not known here.
         """
         if len(self.anatomy.block_lists) > 1:
@@ -97,7 +105,7 @@ class LiveSource(Source):
                 "gradients of this model are not known: it has blocks in several places "
                 f"({', '.join(blocks[0] for blocks in self.anatomy.block_lists)}). Give bits per layer in layer_config"
             )
-        self._needs, names, blocks = Needs.STATISTICS, set(wanted), self.anatomy.block_lists[0]
+        self._needs, blocks = Needs.STATISTICS, self.anatomy.block_lists[0]
         recorder = Recorder(self.model, [self.model.get_submodule(name) for name in blocks])
         chain, calls = self._capture(recorder, blocks)
         arrived: list[Rows] = []
@@ -105,46 +113,38 @@ class LiveSource(Source):
             block = self._block((name,), chain, [call], False)
             arrived.append(chain.plain)
             self.done(block, {})
-        above = chain.plain.like()
-        top, samples = self._gradients_after(recorder, chain.plain, above, names, seed)
-        yield top, samples
+        above, head = chain.plain.like(), self.anatomy.head
+        samples = self._products_after(recorder, chain.plain, above, seed)
+        if head is not None and head in set(wanted):
+            yield self._outside(self.anatomy.layers[head], recorder, chain), samples
         _finish(samples)
         self._home.drop()
         for name, call, states in reversed(list(zip(blocks, calls, arrived, strict=True))):
             there = Chain(states, states, chain.notices)
-            visited = self._block((name,), there, [call], None, kind=GradientBlock)
-            assert isinstance(visited, GradientBlock), "as asked for"
-            layers = [layer for layer in visited.weights if layer in names]
-            samples = self._gradients_in(visited, above, layers, inputs=inputs)
-            yield {layer: visited.weights[layer] for layer in layers}, samples
+            visited = self._block((name,), there, [call], True, kind=GradientBlock)
+            samples = self._products_in(visited, above)
+            yield visited, samples
             _finish(samples)
             self._leave(visited, {})
 
-    def _gradients_after(
-        self, recorder: Recorder, hidden: Rows, above: Rows, wanted: Collection[str], seed: int
-    ) -> Visit:
-        parameters, head = self._outside_parameters(), self.anatomy.head
-        key = next((n for n in (f"{head}.weight", f"{self.anatomy.embedding}.weight") if n in parameters), "")
-        leaf = parameters[key].requires_grad_() if head in wanted else None
-        predictor, generator = self._predictor(recorder, parameters), torch.Generator().manual_seed(seed)
+    def _products_after(self, recorder: Recorder, hidden: Rows, above: Rows, seed: int) -> Iterator[Products]:
+        """Of the head; `above` gets the gradients of the hidden states after the blocks."""
+        predictor, head = self._predictor(recorder, self._outside_parameters()), self.anatomy.head
+        modules = {} if head is None else {head: self.model.get_submodule(head)}
+        generator = torch.Generator().manual_seed(seed)
+        for row in range(len(hidden)):
+            states = hidden[[row]].to(self.execution.device).requires_grad_()
+            valid = None if self.data is None or self.data.valid is None else self.data.valid[[row]]
+            with torch.enable_grad(), watched(modules) as seen:
+                lost = surprise(predictor([row], states), valid, generator)
+            found, above[[row]] = gradients(lost, states, seen)
+            yield found
 
-        def samples() -> Iterator[Gradients]:
-            for row in range(len(hidden)):
-                states = hidden[[row]].to(self.execution.device).requires_grad_()
-                valid = None if self.data is None or self.data.valid is None else self.data.valid[[row]]
-                with torch.enable_grad():
-                    lost = predicted(predictor([row], states), valid, generator)
-                found = torch.autograd.grad(lost, [states] if leaf is None else [states, leaf])
-                above[[row]] = found[0]
-                yield Gradients({str(head): found[1]} if leaf is not None else {})
-
-        return ({} if leaf is None else {str(head): leaf.detach()}), samples()
-
-    def _gradients_in(
-        self, block: GradientBlock, above: Rows, layers: Sequence[str], *, inputs: bool
-    ) -> Iterator[Gradients]:
+    def _products_in(self, block: LiveBlock, above: Rows) -> Iterator[Products]:
+        """Of the layers of `block`; `above` gets the gradients of the hidden states that arrive there."""
+        assert isinstance(block, GradientBlock), "made as one"
         for row in range(len(above)):
-            found, above[[row]] = block.gradients(row, above[[row]], layers, inputs=inputs)
+            found, above[[row]] = block.products(row, above[[row]])
             yield found
 
     def sample(self, name: str, needs: Needs) -> Callable[[], Block]:

@@ -153,23 +153,23 @@ def quantized_expert_inputs(
     """While the context lasts, the layers of `experts` get their inputs as `grids` (layer -> grid) leave them."""
     mine = {name: grids[name] for name, _ in experts.pieces() if name in grids}
 
-    def quantized(layer: str, x: Tensor) -> Tensor:
+    def quantized(layer: str, x: Tensor, piece: Piece) -> Tensor:
         grid = mine.get(layer)
-        return x if grid is None else fake_inputs(x, grid.spec, grid.fixed)
+        return matrix_product(module, piece, x if grid is None else fake_inputs(x, grid.spec, grid.fixed))
 
-    with changed_expert_inputs(module, experts, quantized) if mine else nullcontext():
+    with own_products(module, experts, quantized) if mine else nullcontext():
         yield
 
 
 @contextmanager
-def changed_expert_inputs(
-    module: nn.Module, experts: Experts, change: Callable[[str, Tensor], Tensor]
+def own_products(
+    module: nn.Module, experts: Experts, product: Callable[[str, Tensor, Piece], Tensor]
 ) -> Iterator[None]:
-    """While the context lasts, the layers of `experts` get what `change` makes of (layer, input)."""
+    """While the context lasts, layers of `experts` put out what `product` makes of (layer, input, piece)."""
     pieces = dict(experts.pieces())
 
     def linear(layer: str, x: Tensor) -> Tensor:
-        return matrix_product(module, pieces[layer], change(layer, x))
+        return product(layer, x, pieces[layer])
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         hidden, *routing = (*args, *kwargs.values())

@@ -289,9 +289,9 @@ class LiveBlock(Block):
             notices.post(rows, call.board)
         return out
 
-    def differentiable(self, row: int, states: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Output (1, T, H) for one sample's original `states`, with these values of the model's parameters."""
-        return self._computed(self._call([row], self._chain.notices), states, parameters)
+    def differentiable(self, row: int, states: Tensor) -> Tensor:
+        """Output (1, T, H) of the block as it is for `states`, the original hidden states of sample `row`."""
+        return self._computed(self._call([row], self._chain.notices), states, {})
 
     def _call(self, rows: Sequence[int], notices: Notices) -> Call:
         call = self._calls.batch(rows, self._execution.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +19,8 @@ from auto_round.core.errors import AutoRoundError, FormatError, PlanError
 from auto_round.core.placement import Placement
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
-from auto_round.core.scheme import Scheme
 from auto_round.formats.base import Format, formats, parse_formats, sharing_a_plan
+from auto_round.jobs.auto_scheme import Mix
 from auto_round.jobs.budget import Chosen, parse_duration, within
 from auto_round.jobs.export import CheckpointWriter
 from auto_round.jobs.journal import Journal, Resumed, earlier_steps
@@ -84,7 +84,7 @@ class AutoRound:
         max_ram = limit(self.options.max_ram, "max_ram")
         self.observers: list[Observer] = [] if max_ram is None else [KeptWithin(max_ram)]
         self._kept: Kept | None = None
-        self._chosen: Mapping[str, Scheme] = {}
+        self.mix: Mix | None = None  # what an AutoScheme has become
         self.plan: Plan | None = None
         self.placement: Placement | None = None
         self.seconds: float | None = None
@@ -243,8 +243,9 @@ class AutoRound:
         self._place(makes, measure=rehearse, with_data=False)
         assert self.placement is not None, "it has been made"
         body, store = self.subject().anatomy, self.subject().files.store
+        told = [] if self.mix is None else [f"AutoScheme: {self.mix}"]
         return Outline(
-            plans={", ".join(fmt.name for fmt in group): plan for plan, group in makes}, sizes=sizes,
+            plans={", ".join(fmt.name for fmt in group): plan.noted(*told) for plan, group in makes}, sizes=sizes,
             blocks=len(body.in_order()), placement=self.placement, seconds=self.seconds,
             source_bytes=sum(info.nbytes for info in store.infos.values()),
         )  # fmt: skip
@@ -260,7 +261,8 @@ class AutoRound:
 
     def make_plan(self, formats: Sequence[Format]) -> Plan:
         """The plan for this model, options and formats; nothing is read but headers and configuration."""
-        self.plan = plan_for(self.subject(), self.options, self.base, formats, self._chosen)
+        chosen = {} if self.mix is None else self.mix.chosen
+        self.plan = plan_for(self.subject(), self.options, self.base, formats, chosen)
         return self.plan
 
     def _choose_schemes(self, given: str | None) -> None:
@@ -276,10 +278,9 @@ class AutoRound:
 
         formats = formats_for(with_base(next(iter(labels))), self.base, given)
         source = self.material.model if self.material.model is not None else self.material.given
-        mix = mixed(source, self.tokenizer, self.options, formats)
-        self.options = self.material.options = with_base(mix.base)
+        self.mix = mixed(source, self.tokenizer, self.options, formats)
+        self.options = self.material.options = with_base(self.mix.base)
         self.base = self.material.base = base_scheme(self.options)
-        self._chosen = mix.chosen
 
     def _plan_in_memory(self) -> Plan:
         """A plan that the format given, or else `auto_round` if it can, is able to save later."""

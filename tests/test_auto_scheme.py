@@ -252,7 +252,7 @@ def test_the_same_seed_chooses_the_same_and_a_live_model_is_not_changed_by_choos
     for _ in range(2):
         job = AutoRound(model, scheme=mixture(4.0), dataset=samples(4, 16), **QUICK)
         job._formats(None)
-        plans.append(dict(job._chosen))
+        plans.append(dict(job.mix.chosen))
     assert plans[0] == plans[1] and len(set(plans[0].values())) == 2
     after = model.state_dict()
     assert all(
@@ -288,6 +288,13 @@ def test_gguf_types_are_mixed_and_the_rest_is_the_formats(tmp_path):
     assert types["lm_head"] == "q6_k"
     assert {kind for name, kind in types.items() if "layers" in name} == {"q2_k", "q4_k"}
     assert list(Path(folder).glob("*.gguf"))
+
+
+def test_an_outline_tells_what_was_chosen_and_what_it_costs():
+    job = AutoRound(tiny("llama"), scheme=mixture(4.0), dataset=samples(4, 16), **QUICK)
+    outline = job.outline("auto_round", rehearse=False)
+    note = next(note for note in outline.plan.notes if "AutoScheme" in note)
+    assert f"{job.mix.bits:.3f} bits per weight" in note and all(label in note for label in PAIR)
 
 
 def test_schemes_and_bits_are_short_for_a_budget():

@@ -3,7 +3,7 @@
     python benchmarks/consumers/streamed.py --vllm /path/to/c_vllm/bin/python [--out benchmarks/results/streamed.jsonl]
 
 Random Llama, Qwen3, Qwen3-MoE, DeepSeek-V3 (stored in FP8 blocks) and GPT-OSS (experts stored in MXFP4), streamed to
-each scheme; the reference is the `fake` checkpoint of the plain weights in stock transformers, in float32. vLLM
+each format; the reference is the `fake` checkpoint of the plain weights in stock transformers, in float32. vLLM
 computes in 16 bits on a CPU. Refusals are vLLM's own words.
 """
 
@@ -41,7 +41,7 @@ MODELS = {
                             "kv_lora_rank": 128, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64}),
     "gpt-oss": ("mxfp4", {**WIDE, "head_dim": 64, "intermediate_size": 256, "num_key_value_heads": 2}),
 }  # fmt: skip
-SCHEMES = {"W4A16": "llm_compressor", "W8A16": "auto_round", "FP8_BLOCK": "llm_compressor"}
+FORMATS = {"llm_compressor": "W4A16", "auto_round": "W4A16", "fp8": "FP8_BLOCK"}
 
 
 def sources(name: str, work: Path) -> tuple[Path, Path]:
@@ -107,12 +107,12 @@ def main() -> None:
             vocabulary = json.loads((plain / "config.json").read_text())["vocab_size"]
             tokens = work / "tokens.npy"
             np.save(tokens, np.random.default_rng(0).integers(3, vocabulary, (2, 64)))
-            for scheme, kind in SCHEMES.items():
+            for kind, scheme in FORMATS.items():
                 job = {"model_free": True, "scheme": scheme}
-                AutoRound(source, **job).quantize_and_save(work / f"{scheme}-codes", format=kind)
-                AutoRound(plain, **job).quantize_and_save(work / f"{scheme}-fake", format="fake")
-                _, expected = asked(sys.executable, "plain", work / f"{scheme}-fake", tokens, work)
-                said, logits = asked(args.vllm, "vllm", work / f"{scheme}-codes", tokens, work)
+                AutoRound(source, **job).quantize_and_save(work / f"{kind}-{scheme}", format=kind)
+                AutoRound(plain, **job).quantize_and_save(work / f"fake-{kind}-{scheme}", format="fake")
+                _, expected = asked(sys.executable, "plain", work / f"fake-{kind}-{scheme}", tokens, work)
+                said, logits = asked(args.vllm, "vllm", work / f"{kind}-{scheme}", tokens, work)
                 row = {"model": name, "source": MODELS[name][0], "scheme": scheme, "format": kind, **said}
                 if logits is not None and expected is not None:
                     row["kl"] = divergence(expected, logits)

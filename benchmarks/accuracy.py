@@ -65,6 +65,7 @@ def arguments(description: str | None = __doc__, **defaults: object) -> argparse
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8, help="samples per step, the same on every side")
+    parser.add_argument("--format", default="auto_round", help="what both sides write")
     parser.add_argument("--windows", type=int, default=32, help="evaluation windows of --window tokens")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
@@ -85,7 +86,7 @@ def run_cell(args: argparse.Namespace, side: str, cell: dict) -> None:
     row = {"side": name, **cell, "nsamples": args.nsamples, "seqlen": args.seqlen, "model": args.model.name}
     if cell["recipe"] == "rtn" and cell["seed"] != args.seeds[0]:
         return
-    row |= {"batch": args.batch}
+    row |= {"batch": args.batch, **({"format": args.format} if args.format != "auto_round" else {})}
     known = [{"batch": 8, **old} for old in read_rows(args.results)]  # rows from before it could be chosen
     if any(all(old.get(key) == value for key, value in row.items()) for old in known):
         return
@@ -108,7 +109,7 @@ def quantize(args: argparse.Namespace, python: str, cell: dict, out: Path) -> in
     command = [python, "-m", "auto_round", "--model", str(args.model.resolve()), "--scheme", cell["scheme"]]
     command += [
         "--format",
-        "auto_round",
+        args.format,
         "--output_dir",
         str(out),
         "--dataset",

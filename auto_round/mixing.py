@@ -56,9 +56,13 @@ def mixed(model: str | Path | nn.Module, tokenizer: Any, options: Options, forma
     plan = _undecided(body, scoring)
     candidates = _candidates(body, plan, schemes, wish, merged=any(fmt.merged for fmt in formats))
     candidates.check(wish.avg_bits)
-    for label, scheme in schemes.items():
-        _check_formats(label, plan.override(dict.fromkeys(candidates.layers, scheme), "AutoScheme"), formats)
-    _check_memory(material, scoring)
+    plans = {
+        label: plan.override(dict.fromkeys(candidates.layers, scheme), "AutoScheme")
+        for label, scheme in schemes.items()
+    }
+    for label, each in plans.items():
+        _check_formats(label, each, formats)
+    _check_memory(material, scoring, len(schemes))
     data = material.samples(Needs.FORWARD, Needs.FORWARD)
     assert data is not None, "required data is there or an error"
     device = parse_devices(scoring.device_map).main
@@ -72,8 +76,7 @@ def mixed(model: str | Path | nn.Module, tokenizer: Any, options: Options, forma
     )  # fmt: skip
     found = Sensitivities(candidates)
     tokens = data.tokens.numel() if data.valid is None else int(data.valid.sum())
-    passes = {label: Pass(plan.override(dict.fromkeys(candidates.layers, scheme), "AutoScheme"), _steps(options), [])
-              for label, scheme in schemes.items()}  # fmt: skip
+    passes = {label: Pass(each, _steps(options), []) for label, each in plans.items()}
     with torch.no_grad():
         found.measure(LiveSource(material.runnable(), body, execution, data), passes, tokens, options.seed)
     mix = found.choose(wish.avg_bits)
@@ -90,9 +93,9 @@ def _steps(options: Options) -> list[Step]:
 
 
 def _check_formats(label: str, plan: Plan, formats: Sequence[Format]) -> None:
-    for fmt in (
-        fmt for fmt in formats if not fmt.whole_model
-    ):  # those choose for themselves what they cannot hold
+    for fmt in formats:
+        if fmt.whole_model:  # finds another type for what it cannot hold
+            continue
         try:
             fmt.resolve(plan).check(plan)
         except AutoRoundError as error:
@@ -105,14 +108,15 @@ def scoring_options(options: Options, wish: AutoScheme, scheme: Scheme) -> Optio
     def said(name: str, otherwise: Any) -> Any:
         return otherwise if getattr(wish, name) is None else getattr(wish, name)
 
-    seqlen = min(SEQLEN, options.numbers().seqlen)
+    seqlen, frugal = min(SEQLEN, options.numbers().seqlen), options.low_cpu_mem_usage
+    frugal = wish.low_cpu_mem_usage if frugal is None else frugal
     return Options(
         scheme=scheme, layer_config=options.layer_config, ignore_layers=options.ignore_layers,
         quant_lm_head=options.quant_lm_head, to_quant_block_names=options.to_quant_block_names,
         nsamples=said("nsamples", NSAMPLES), seqlen=said("seqlen", seqlen), seed=options.seed, amp=options.amp,
         dataset=said("dataset", options.dataset), device_map=said("device_map", options.device_map),
         enable_torch_compile=said("enable_torch_compile", options.enable_torch_compile),
-        low_cpu_mem_usage=options.low_cpu_mem_usage, model_dtype=options.model_dtype, max_ram=options.max_ram,
+        low_cpu_mem_usage=frugal, model_dtype=options.model_dtype, max_ram=options.max_ram,
         trust_remote_code=options.trust_remote_code, platform=options.platform, disable_model_free=True,
     )  # fmt: skip
 
@@ -159,20 +163,20 @@ def _candidates(
     )  # fmt: skip
 
 
-def _check_memory(material: Material, options: Options) -> None:
-    """Raise PlanError when measuring would break `max_ram`, naming the smallest that would do."""
-    if options.max_ram is None:
+def _check_memory(material: Material, scoring: Options, options: int) -> None:
+    """Raise PlanError when measuring so many options would break `max_ram`, naming the smallest that would do."""
+    if scoring.max_ram is None:
         return
     tree = material.subject().tree
     assert tree is not None, "jobs with data have a module tree"
     blocks = material.subject().anatomy.in_order()
     sizes = [sum(p.numel() for p in tree.get_submodule(name).parameters()) for name in blocks]
     outside = sum(p.numel() for p in tree.parameters()) - sum(sizes)
-    # float32: weights, gradients, their squares and one option's errors of a block; embedding, head and its gradient.
-    least = base_memory() + 4 * max(5 * max(sizes), 2 * outside)
-    most = parse_size(options.max_ram, "max_ram")
+    # Of a block float32 weights, rounded ones, room to work, and errors of every option in 16 bits; embedding and head.
+    least = base_memory() + max((12 + 2 * options) * max(sizes), 8 * outside)
+    most = parse_size(scoring.max_ram, "max_ram")
     if least > most:
         raise PlanError(
-            f"max_ram {most:,} bytes is not enough for AutoScheme, whose gradients take {least:,}. Give --max-ram "
+            f"max_ram {most:,} bytes is not enough for AutoScheme, which takes {least:,}. Give --max-ram "
             f"{rounded(least)}, or a scheme per layer in layer_config"
         )

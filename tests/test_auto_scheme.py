@@ -227,6 +227,14 @@ def test_layers_that_were_decided_keep_their_scheme_and_count(tmp_path):
     assert bits <= 4.0 * sum(job.plan.shapes[n][0] * job.plan.shapes[n][1] for n in quantized) + 1
 
 
+def test_a_head_that_is_quantized_is_chosen_for_too():
+    job = AutoRound(tiny("llama"), scheme=mixture(4.0), quant_lm_head=True, dataset=samples(4, 16), **QUICK)
+    job.quantize()
+    assert "lm_head" in job.mix.chosen and job.plan["lm_head"].weight is not None
+    bits = sum(stored_bits(job.plan[n], job.plan.shapes[n]) for n in job.plan)
+    assert bits <= 4.0 * sum(rows * columns for rows, columns in job.plan.shapes.values())
+
+
 # The job
 
 

@@ -284,3 +284,15 @@ def test_a_cast_between_blocks_is_not_in_the_way():
     recorder._check_link(1, states, states.bfloat16())
     with pytest.raises(ModelError, match="does not get what the block before it returns"):
         recorder._check_link(1, states, states / 2)
+
+
+def test_a_live_model_whose_store_keeps_the_heads_name_of_a_shared_table_is_quantized(tmp_path):
+    config = transformers.CamembertConfig(
+        vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=HEADS, intermediate_size=INNER,
+        max_position_embeddings=POSITIONS, is_decoder=True, **ENDS,
+    )  # fmt: skip
+    model = transformers.CamembertForCausalLM(config).eval()
+    randomize(model, 0)
+    job = AutoRound(model, dataset=samples(4, 16), iters=0, nsamples=4, **SMALL)
+    job.quantize_and_save(tmp_path, format="auto_round,fake")
+    assert torch.equal(logits(loaded(tmp_path / "auto-round")), logits(loaded(tmp_path / "fake")))

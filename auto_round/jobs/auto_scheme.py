@@ -31,9 +31,10 @@ NEAR = 1e-3  # bits per weight by which a budget may miss what is possible, sinc
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """What there is to choose. labels: of `schemes`. layers: layer -> (O, I). groups: layers that must agree.
+    """What there is to choose. schemes: by label. layers: layer -> (O, I). groups: of layers that must agree.
 
-    taken, counted: bits and weights of layers whose scheme is fixed, which count too.
+    codes_only: whether bits are those of codes, without scales. taken, counted: bits and weights of layers whose scheme
+    is fixed, which count too.
     """
 
     schemes: Mapping[str, Scheme]
@@ -111,31 +112,12 @@ class Sensitivities:
             errors = {label: _errors(block, layers, each) for label, each in passes.items()}
             for products in samples:
                 for layer in layers:
+                    own = {label: of_label[layer] for label, of_label in errors.items() if layer in of_label}
                     for x, gradient in products.get(layer, ()):
-                        self._add(layer, block.weights[layer], errors, x, gradient, tokens)
-
-    def _add(
-        self,
-        layer: str,
-        weight: Tensor,
-        errors: Mapping[str, Mapping[str, Tensor]],
-        x: Tensor,
-        gradient: Tensor,
-        tokens: int,
-    ) -> None:
-        """What the products of `layer` for inputs `x` (N, I) lose."""
-        of_inputs = None
-        for label, scheme in self.candidates.schemes.items():
-            if scheme.weight is None:
-                continue
-            seen, lost = x, 0.0
-            if scheme.act is not None:
-                seen = fake_inputs(x, scheme.act, stored_inputs(scheme.act, *torch.aminmax(x)))
-                # Errors of inputs are in all outputs at once, so that they count by the gradients of inputs.
-                of_inputs = gradient @ weight.float() if of_inputs is None else of_inputs
-                lost = float(((seen - x) * of_inputs).square().sum())
-            error = seen @ errors[label][layer].float().T
-            self.losses[layer][label] += (lost + float((error * gradient).square().sum())) / (2 * tokens)
+                        for label, error in own.items():
+                            act = self.candidates.schemes[label].act
+                            lost = _lost(block.weights[layer], error, act, x, gradient)
+                            self.losses[layer][label] += lost / (2 * tokens)
 
     def choose(self, avg_bits: float) -> Mix:
         """The choice of least predicted loss. Raises what `Candidates.check` raises."""
@@ -149,9 +131,8 @@ class Sensitivities:
             of_label[labels[at]] += group
 
         def size(label: str) -> int:
-            return (
-                sum(map(there.weights_of, of_label[label])) if there.schemes[label].weight is not None else -1
-            )
+            floats = there.schemes[label].weight is None
+            return -1 if floats else sum(map(there.weights_of, of_label[label]))
 
         def told(picks: Sequence[int]) -> tuple[float, float]:
             picked = [group[at] for group, at in zip(options, picks, strict=True)]
@@ -180,6 +161,19 @@ def _errors(block: Block, layers: Sequence[str], each: Pass) -> dict[str, Tensor
         return {}
     made, _ = quantize_block(block, part)
     return {layer: (made[layer].float() - block.weights[layer].float()).bfloat16() for layer in layers}
+
+
+def _lost(weight: Tensor, error: Tensor, act: TensorSpec | None, x: Tensor, gradient: Tensor) -> float:
+    """Squared error of outputs times their gradients (N, O), summed, when `error` is added to `weight` (O, I).
+
+    act: how the inputs `x` (N, I) are quantized.
+    """
+    if act is None:
+        return float((x @ error.float().T * gradient).square().sum())
+    seen = fake_inputs(x, act, stored_inputs(act, *torch.aminmax(x)))
+    # Errors of inputs are in all outputs at once, so that they count by the gradients of inputs.
+    of_inputs = (seen - x) * (gradient @ weight.float())
+    return float(of_inputs.square().sum() + (seen @ error.float().T * gradient).square().sum())
 
 
 def stored_bits(scheme: Scheme, shape: tuple[int, int], *, codes_only: bool = False) -> int:

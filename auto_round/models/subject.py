@@ -190,8 +190,14 @@ def _embedding_tensor(tree: nn.Module, files: ModelFiles, prefix: str) -> str:
     embedding = tree.get_input_embeddings()  # type: ignore[operator]
     name = next(name for name, module in tree.named_modules() if module is embedding)
     tensor, saved = f"{name}.weight", SavedNames(tree).renamed
-    # Of tables that share their values a checkpoint holds one: ProphetNet's decoder has that of the whole model.
-    for spelling in (tensor, ties(tree).get(tensor, tensor)):
+    # Of tables that share their values a checkpoint holds one: ProphetNet's decoder has that of the whole model, and
+    # what CamemBERT keeps is the head's.
+    pairs = ties(tree)
+    for spelling in (
+        tensor,
+        pairs.get(tensor, tensor),
+        *(name for name, other in pairs.items() if other == tensor),
+    ):
         matched = names_match([spelling], files.store.infos, prefix, saved)
         if matched is not None:
             return matched[spelling]

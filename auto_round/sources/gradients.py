@@ -37,8 +37,8 @@ def gradients(
     out: Tensor, states: Tensor, seen: Mapping[str, list[tuple[Tensor, Tensor]]], above: Tensor | None = None
 ) -> tuple[Products, Tensor]:
     """(Products, gradient of `states`) when that of `out` is `above`; seen: what `watched` saw on the way."""
-    pairs = [(layer, x, y) for layer, met in seen.items() for x, y in met]
-    # None: an output that nobody used, as that of an expert with no token.
+    # Some models compute a part without gradients; None is that of an output that nobody used.
+    pairs = [(layer, x, y) for layer, met in seen.items() for x, y in met if y.requires_grad]
     found = torch.autograd.grad(out, [states, *(y for _, _, y in pairs)], above, allow_unused=True)
     products: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for (layer, x, _), gradient in zip(pairs, found[1:], strict=True):

@@ -232,6 +232,10 @@ def test_a_budget_of_bits_has_several_spellings(parsed, argv, wish):
         (["--shared_layers", "q,k"], ["--shared-layers", "--options"]),
         (["--ignore_scale_zp_bits"], ["--ignore-scale-zp-bits", "--options"]),
         (["--bits", "4.5"], ["--bits 4.5", "--avg-bits 4.5"]),
+        (
+            ["--avg_bits", "4", "--options", "W2A16,W8A16", "--scheme", "W3A16"],
+            ["--scheme W3A16", "--options"],
+        ),
     ],
     ids=str,
 )

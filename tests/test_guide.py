@@ -252,3 +252,36 @@ def test_gguf_is_a_format(model_name_or_path, tmp_path):
 
     AutoRound(model=model_name_or_path, iters=0, nsamples=0).quantize_and_save(tmp_path, format="gguf:q4_k_m")
     assert [path.suffix for path in tmp_path.iterdir()] == [".gguf"]
+
+
+def test_a_budget_with_shared_layers_gives_settings_layer_by_layer(model_name_or_path, quick):
+    from auto_round import AutoRound, AutoScheme
+
+    shared_layers = [
+        ["*.self_attn.k_proj", "v_proj", "q_proj", "out_proj"],
+        ("model.decoder.layers.6.fc1", "model.decoder.layers.6.fc2"),
+        ("fc1", "fc2"),
+    ]
+    target_bits = 5.0
+    scheme = AutoScheme(avg_bits=target_bits, options=("W4A16", "MXFP8"), shared_layers=shared_layers)
+    ar = AutoRound(model=model_name_or_path, scheme=scheme, iters=0, **{**quick, "nsamples": 1})
+    _model, layer_config = ar.quantize()
+    kinds = {name: settings["data_type"] for name, settings in layer_config.items()}
+    assert len(set(kinds.values())) == 2
+    for block in range(2):
+        assert len({kinds[f"model.layers.{block}.self_attn.{part}_proj"] for part in "qkv"}) == 1
+
+
+def test_a_budget_among_gguf_types_leaves_a_layer_that_has_its_own(tmp_path):
+    from auto_round import AutoRound, AutoScheme
+
+    wide = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
+    tiny("qwen3", tmp_path / "model", **wide)
+    scheme = AutoScheme(avg_bits=3.0, options=("GGUF:Q2_K_S", "GGUF:Q4_K_S"), ignore_scale_zp_bits=True)
+    layer_config = {"lm_head": "GGUF:Q6_K"}
+    data = {"dataset": samples(4), "nsamples": 4, "seqlen": 32}
+    ar = AutoRound(model=tmp_path / "model", scheme=scheme, layer_config=layer_config, iters=0, **data)
+    ar.quantize_and_save(tmp_path / "out")
+    types = {name: scheme.weight.dtype for name, scheme in ar.plan.items()}
+    assert types["lm_head"] == "q6_k" and {"q2_k", "q4_k"} <= set(types.values())
+    assert list((tmp_path / "out").glob("*.gguf"))

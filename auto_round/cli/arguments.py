@@ -347,6 +347,10 @@ def _scheme(flags: SchemeFlags) -> dict[str, Any]:
             "scheme": flags.scheme,
             "bits": flags.bits if flags.bits is None else _whole("bits", flags.bits),
         }
+    if flags.scheme != SchemeFlags.scheme:
+        raise PlanError(
+            f"--scheme {flags.scheme} is for all layers, and --options are to choose from: give one of them"
+        )
     if average is None:
         raise PlanError(
             "--options are what --avg-bits, the bits per weight on average, chooses from: give it too"

@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from auto_round.codecs.base import fake, preset
 from auto_round.core.allocation import Option, allocate
 from auto_round.core.errors import FormatError, PlanError, SchemeError
 from auto_round.core.plan import Plan
+from auto_round.jobs import auto_scheme
 from auto_round.jobs.auto_scheme import Candidates, Sensitivities, agreeing, stored_bits
 from auto_round.jobs.quantize import Pass
 from auto_round.models.anatomy import anatomy as anatomy_of
@@ -148,6 +150,34 @@ def test_inputs_that_are_quantized_count_too():
     job = AutoRound(model, scheme=mixture(8.25, options), dataset=samples(4, 16), **QUICK)
     job.quantize()
     assert {scheme.act for scheme in job.plan.values()} == {None}  # the same bits, and less lost
+
+
+def test_a_layer_that_was_not_seen_loses_what_others_of_its_group_lose_per_weight():
+    layers = {"b.0.e.0": (8, 8), "b.0.e.1": (8, 8), "b.0.e.2": (8, 16), "b.0.o": (8, 8)}
+    schemes = {name: preset(name) for name in PAIR}
+    groups = [["b.0.e.0", "b.0.e.1", "b.0.e.2"], ["b.0.o"]]
+    found = Sensitivities(Candidates(schemes=schemes, layers=layers, groups=groups))
+
+    class Two:
+        """A source of one block whose third expert got no token and whose last layer is read in pieces."""
+
+        def backwards(self, wanted, seed):
+            block = SimpleNamespace(weights={name: torch.randn(shape) for name, shape in layers.items()})
+            x, g = torch.randn(4, 8), torch.ones(4, 8)
+            yield block, iter([{"b.0.e.0": [(x, g)], "b.0.e.1": [(x, g)], "b.0.o": [(x[:, :4], g)]}])
+
+    plans = {
+        label: Plan(dict.fromkeys(layers, scheme), shapes=layers, base=scheme)
+        for label, scheme in schemes.items()
+    }
+    errors = {name: torch.full(shape, 0.1) for name, shape in layers.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auto_scheme, "_errors", lambda *_: errors)
+        found.measure(Two(), {label: Pass(plan, [], []) for label, plan in plans.items()}, 4, 0)
+    for label in PAIR:
+        seen = [found.losses[f"b.0.e.{i}"][label] for i in (0, 1)]
+        assert found.losses["b.0.e.2"][label] == pytest.approx(sum(seen)) and min(seen) > 0
+        assert found.losses["b.0.o"][label] == pytest.approx(sum(seen) / 2)
 
 
 # Agreeing

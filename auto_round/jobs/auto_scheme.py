@@ -102,6 +102,7 @@ class Sensitivities:
         self.losses: dict[str, dict[str, float]] = {
             layer: dict.fromkeys(candidates.schemes, 0.0) for layer in candidates.layers
         }
+        self._seen: set[str] = set()
 
     def measure(self, source: LiveSource, passes: Mapping[str, Pass], tokens: int, seed: int) -> None:
         """Go through the model backwards. passes: label -> how weights get that scheme. tokens: those that count."""
@@ -114,10 +115,26 @@ class Sensitivities:
                 for layer in layers:
                     own = {label: of_label[layer] for label, of_label in errors.items() if layer in of_label}
                     for x, gradient in products.get(layer, ()):
+                        if (gradient.shape[1], x.shape[1]) != self.candidates.layers[layer]:
+                            continue  # a matrix that its model reads in pieces, as DeepSeek-V4 does
+                        self._seen.add(layer)
                         for label, error in own.items():
                             act = self.candidates.schemes[label].act
                             lost = _lost(block.weights[layer], error, act, x, gradient)
                             self.losses[layer][label] += lost / (2 * tokens)
+        self._pool()
+
+    def _pool(self) -> None:
+        """Give layers whose products were not seen, experts without tokens above all, what others lose per weight."""
+        if not self._seen:
+            return
+        for group in self.candidates.groups:
+            known = [layer for layer in group if layer in self._seen] or list(self._seen)
+            weights = sum(map(self.candidates.weights_of, known))
+            for layer in (layer for layer in group if layer not in self._seen):
+                share = self.candidates.weights_of(layer) / weights
+                for label in self.candidates.schemes:
+                    self.losses[layer][label] = share * sum(self.losses[other][label] for other in known)
 
     def choose(self, avg_bits: float) -> Mix:
         """The choice of least predicted loss. Raises what `Candidates.check` raises."""

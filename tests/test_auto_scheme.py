@@ -218,11 +218,11 @@ def test_all_experts_of_a_block_get_the_same_scheme(tmp_path):
 # The budget
 
 
-@pytest.mark.parametrize("avg_bits", [2.5, 3.0, 5.5, 8.5])
-@pytest.mark.parametrize("codes_only", [False, True])
+@pytest.mark.parametrize(
+    ("avg_bits", "codes_only"),
+    [(2.5, False), (3.0, False), (5.5, False), (8.5, False), (2.5, True), (5.5, True)],
+)
 def test_what_is_stored_is_within_the_budget(avg_bits, codes_only):
-    if codes_only and avg_bits > 8:
-        pytest.skip("codes have 8 bits at most")
     wish = mixture(avg_bits, ignore_scale_zp_bits=codes_only)
     job = AutoRound(tiny("llama"), scheme=wish, dataset=samples(4, 16), **QUICK)
     job.quantize()
@@ -326,6 +326,17 @@ def test_gguf_types_are_mixed_and_the_rest_is_the_formats(tmp_path):
     assert types["lm_head"] == "q6_k"
     assert {kind for name, kind in types.items() if "layers" in name} == {"q2_k", "q4_k"}
     assert list(Path(folder).glob("*.gguf"))
+
+
+def test_another_budget_needs_no_measuring_and_fits_layer_config(monkeypatch):
+    model = tiny("llama")
+    job = AutoRound(model, scheme=mixture(4.0), dataset=samples(4, 16), **QUICK)
+    job.outline("auto_round", rehearse=False)
+    monkeypatch.setattr(LiveSource, "backwards", lambda *_, **__: pytest.fail("measured"))
+    more = job.mix.at(6.0)
+    assert more.bits <= 6.0 and more.loss < job.mix.loss
+    plan = AutoRound(model, layer_config=more.flat(), **QUICK).outline("auto_round", rehearse=False).plan
+    assert {name: plan[name] for name in more.chosen} == dict(more.chosen)
 
 
 def test_an_outline_tells_what_was_chosen_and_what_it_costs():

@@ -75,7 +75,7 @@ class Mix:
     """What was chosen. base: label of the scheme that most weights have. bits: on average. counts: label -> layers.
 
     loss: KL divergence in nats per token before tuning, that of every layer alone added up.
-    alone: label -> (bits, loss) with all layers alike.
+    alone: label -> (bits, loss) with all layers alike. measured: what it was chosen by, for `at`.
     """
 
     chosen: Mapping[str, Scheme]
@@ -84,6 +84,15 @@ class Mix:
     loss: float
     alone: Mapping[str, tuple[float, float]]
     counts: Mapping[str, int]
+    measured: Sensitivities
+
+    def at(self, avg_bits: float) -> Mix:
+        """The choice for another budget; nothing is measured again. Raises PlanError for one that is not possible."""
+        return self.measured.choose(avg_bits)
+
+    def flat(self) -> dict[str, dict[str, object]]:
+        """Layer -> flat settings, as `layer_config` takes them."""
+        return {layer: scheme.to_flat() for layer, scheme in self.chosen.items()}
 
     def __str__(self) -> str:
         parts = ", ".join(f"{count} layers {label}" for label, count in self.counts.items())
@@ -160,7 +169,7 @@ class Sensitivities:
             chosen={layer: there.schemes[label] for label, layers in of_label.items() for layer in layers},
             base=max(labels, key=size), bits=bits, loss=loss,
             alone={label: told([at] * len(options)) for at, label in enumerate(labels)},
-            counts={label: len(layers) for label, layers in of_label.items()},
+            counts={label: len(layers) for label, layers in of_label.items()}, measured=self,
         )  # fmt: skip
 
     def _option(self, group: Sequence[str], label: str) -> Option:

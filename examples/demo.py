@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from auto_round import AutoRound
+from auto_round import AutoRound, AutoScheme
 from auto_round.cli.progress import Show
 from auto_round.jobs.compare import Comparison, compare, weight_bytes
 
@@ -41,6 +41,7 @@ JOBS = {
     "signround W4": {**TUNING, "scheme": "W4A16", "format": "auto_round,auto_gptq"},
     "rtn W2G64": {"scheme": "W2A16G64", "iters": 0, "disable_opt_rtn": True},
     "signround W2G64": {**TUNING, "scheme": "W2A16G64"},
+    "signround 3 bits": {**TUNING, "scheme": AutoScheme(avg_bits=3.0, options=("W2A16G64", "W4A16"))},
 }
 
 console = Console()

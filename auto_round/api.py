@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.assembly import steps_for
-from auto_round.codecs.base import preset
 from auto_round.core.auto_scheme import AutoScheme
 from auto_round.core.errors import AutoRoundError, FormatError, PlanError
 from auto_round.core.placement import Placement
@@ -32,7 +31,8 @@ from auto_round.jobs.quantize import Observer, Pass, quantize
 from auto_round.jobs.report import Report
 from auto_round.jobs.stream import CopyingWriter, Locked, StreamPass, stream
 from auto_round.material import Material
-from auto_round.mixing import mixed
+from auto_round.mixing import with_mix
+from auto_round.models.anatomy import Anatomy
 from auto_round.models.device import execution_dtype
 from auto_round.models.memory import peak_memory, peak_of, reset_peak
 from auto_round.models.subject import Subject
@@ -253,7 +253,10 @@ class AutoRound:
     def _formats(self, given: str | None) -> list[Format]:
         """The formats given here, in the options, or by the scheme."""
         if isinstance(self.options.scheme, AutoScheme):
-            self._choose_schemes(given)
+            # From then on the job is as any other.
+            self.options, self.mix = with_mix(self.material, self.options, given)
+            self.material.options, self.base = self.options, base_scheme(self.options)
+            self.material.base = self.base
         formats = formats_for(self.options, self.base, given)
         # Before the plan: it decides whether embedding and head are layers.
         self.material.whole = any(fmt.whole_model for fmt in formats)
@@ -264,23 +267,6 @@ class AutoRound:
         chosen = {} if self.mix is None else self.mix.chosen
         self.plan = plan_for(self.subject(), self.options, self.base, formats, chosen)
         return self.plan
-
-    def _choose_schemes(self, given: str | None) -> None:
-        """Give each layer the scheme that the budget allows it; from then on the job is as any other."""
-        wish = self.options.scheme
-        assert isinstance(wish, AutoScheme), "asked before"
-        labels, named = wish.schemes(preset), (given or self.options.format or "").upper()
-
-        def with_base(label: str) -> Options:
-            # A GGUF scheme by its name, which says more than a data type does: the format of the whole file.
-            whole = named if named.startswith("GGUF:") else label
-            return replace(self.options, scheme=whole if label.startswith("GGUF:") else labels[label])
-
-        formats = formats_for(with_base(next(iter(labels))), self.base, given)
-        source = self.material.model if self.material.model is not None else self.material.given
-        self.mix = mixed(source, self.tokenizer, self.options, formats)
-        self.options = self.material.options = with_base(self.mix.base)
-        self.base = self.material.base = base_scheme(self.options)
 
     def _plan_in_memory(self) -> Plan:
         """A plan that the format given, or else `auto_round` if it can, is able to save later."""
@@ -295,7 +281,9 @@ class AutoRound:
 
     def _stream(self, source: TensorSource, passes: Sequence[Pass]) -> None:
         for observer in self.observers:
-            observer.started(passes[0].plan, self._block_count(passes))
+            observer.started(
+                passes[0].plan, _block_count(self.subject().anatomy, passes, self.options.nblocks)
+            )
         if self.options.distributed is not None:
             spread(self.material, source, passes, self.observers)
             return
@@ -313,7 +301,9 @@ class AutoRound:
     def _run(self, source: Source, first: Pass, *others: Pass, journal: Journal | None = None) -> None:
         writers, observers = first.writers, self.observers
         for observer in observers:
-            observer.started(first.plan, self._block_count((first, *others)))
+            observer.started(
+                first.plan, _block_count(self.subject().anatomy, (first, *others), self.options.nblocks)
+            )
         if journal is not None:
             about = manifest(self.subject(), first.plan, first.steps, source.describe())
             journal.begin(about, resume=self.options.resume)
@@ -325,14 +315,6 @@ class AutoRound:
             quantize(source, first.plan, first.steps, writers, observers, others)
         for step in (step for each in (first, *others) for step in each.steps):
             step.finish()
-
-    def _block_count(self, passes: Sequence[Pass]) -> int:
-        """Blocks that the loop goes through; a layer outside them, such as the head, is one of its own."""
-        body = self.subject().anatomy
-        wanted = {name for each in passes for name in each.plan.quantized()}
-        outside = [name for name in wanted if body.layers[name].block is None]
-        together = [-(-len(blocks) // self.options.nblocks) for blocks in body.block_lists]
-        return sum(together) + len(outside)
 
     def _source(self, steps: Sequence[Step]) -> Source:
         """Shards when weights are all that is needed, else the live model."""
@@ -401,3 +383,10 @@ def _deterministic() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def _block_count(body: Anatomy, passes: Sequence[Pass], nblocks: int) -> int:
+    """Blocks that the loop goes through; a layer outside them, such as the head, is one of its own."""
+    wanted = {name for each in passes for name in each.plan.quantized()}
+    outside = [name for name in wanted if body.layers[name].block is None]
+    return sum(-(-len(blocks) // nblocks) for blocks in body.block_lists) + len(outside)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from auto_round.core.auto_scheme import AutoScheme
 from auto_round.core.errors import AutoRoundError, PlanError
 from auto_round.core.plan import Plan
 from auto_round.core.scheme import Scheme
-from auto_round.core.selection import Selection, make_plan, parse_ignore, parse_layer_config
 from auto_round.formats.base import Format
 from auto_round.jobs.auto_scheme import (
     NSAMPLES,
@@ -32,14 +32,36 @@ from auto_round.jobs.starts import start
 from auto_round.material import Material
 from auto_round.models.anatomy import Anatomy
 from auto_round.models.device import execution_dtype, parse_devices
-from auto_round.models.shards import parse_size
 from auto_round.options import Options
+from auto_round.planning import base_scheme, formats_for, selected
+from auto_round.sizing import limit
 from auto_round.sources.base import Needs
 from auto_round.sources.blocks import LiveSource
 from auto_round.sources.live_block import Execution
 from auto_round.steps.base import Step
 
 logger = logging.getLogger("auto_round")
+
+
+def with_mix(material: Material, options: Options, given: str | None) -> tuple[Options, Mix]:
+    """(`options` with the scheme that most weights get, what each layer gets) for those whose scheme is a budget.
+
+    given: the formats, when they are not in `options`.
+    """
+    wish, named = options.scheme, (given or options.format or "").upper()
+    assert isinstance(wish, AutoScheme), "nothing is to be chosen"
+    labels = wish.schemes(preset)
+
+    def with_base(label: str) -> Options:
+        # A GGUF scheme by its name, which says more than a data type does: the format of the whole file.
+        whole = named if named.startswith("GGUF:") else label
+        return replace(options, scheme=whole if label.startswith("GGUF:") else labels[label])
+
+    first = with_base(next(iter(labels)))
+    formats = formats_for(first, base_scheme(first), given)
+    model = material.model if material.model is not None else material.given
+    mix = mixed(model, material.tokenizer, options, formats)
+    return with_base(mix.base), mix
 
 
 def mixed(model: str | Path | nn.Module, tokenizer: Any, options: Options, formats: Sequence[Format]) -> Mix:
@@ -53,7 +75,7 @@ def mixed(model: str | Path | nn.Module, tokenizer: Any, options: Options, forma
     scoring = scoring_options(options, wish, next(iter(schemes.values())))
     material = Material(model, tokenizer, scoring, scoring.scheme)
     body = material.subject().anatomy
-    plan = _undecided(body, scoring)
+    plan = selected(body, scoring, scoring.scheme)
     candidates = _candidates(body, plan, schemes, wish, merged=any(fmt.merged for fmt in formats))
     candidates.check(wish.avg_bits)
     plans = {
@@ -105,33 +127,20 @@ def _check_formats(label: str, plan: Plan, formats: Sequence[Format]) -> None:
 def scoring_options(options: Options, wish: AutoScheme, scheme: Scheme) -> Options:
     """Those of the job with the wish's own data and machine, for a model that is run and not quantized."""
 
-    def said(name: str, otherwise: Any) -> Any:
-        return otherwise if getattr(wish, name) is None else getattr(wish, name)
+    def said(value: Any, otherwise: Any) -> Any:
+        return otherwise if value is None else value
 
-    seqlen, frugal = min(SEQLEN, options.numbers().seqlen), options.low_cpu_mem_usage
-    frugal = wish.low_cpu_mem_usage if frugal is None else frugal
+    seqlen = min(SEQLEN, options.numbers().seqlen)
     return Options(
         scheme=scheme, layer_config=options.layer_config, ignore_layers=options.ignore_layers,
         quant_lm_head=options.quant_lm_head, to_quant_block_names=options.to_quant_block_names,
-        nsamples=said("nsamples", NSAMPLES), seqlen=said("seqlen", seqlen), seed=options.seed, amp=options.amp,
-        dataset=said("dataset", options.dataset), device_map=said("device_map", options.device_map),
-        enable_torch_compile=said("enable_torch_compile", options.enable_torch_compile),
-        low_cpu_mem_usage=frugal, model_dtype=options.model_dtype, max_ram=options.max_ram,
+        nsamples=said(wish.nsamples, NSAMPLES), seqlen=said(wish.seqlen, seqlen), seed=options.seed, amp=options.amp,
+        dataset=said(wish.dataset, options.dataset), device_map=said(wish.device_map, options.device_map),
+        enable_torch_compile=said(wish.enable_torch_compile, options.enable_torch_compile),
+        low_cpu_mem_usage=said(options.low_cpu_mem_usage, wish.low_cpu_mem_usage),
+        model_dtype=options.model_dtype, max_ram=options.max_ram,
         trust_remote_code=options.trust_remote_code, platform=options.platform, disable_model_free=True,
     )  # fmt: skip
-
-
-def _undecided(body: Anatomy, options: Options) -> Plan:
-    """The plan in which a layer has a reason when somebody has decided about it."""
-    selection = Selection(
-        base=options.scheme,
-        layer_config=parse_layer_config(options.layer_config),
-        ignore_layers=parse_ignore(options.ignore_layers),
-    )
-    default = body.in_blocks()
-    if options.quant_lm_head and body.head is not None:
-        default.append(body.head)
-    return make_plan(body.shapes(), selection, preset, default=default, fused=body.fused())
 
 
 def _candidates(
@@ -165,7 +174,8 @@ def _candidates(
 
 def _check_memory(material: Material, scoring: Options, options: int) -> None:
     """Raise PlanError when measuring so many options would break `max_ram`, naming the smallest that would do."""
-    if scoring.max_ram is None:
+    most = limit(scoring.max_ram, "max_ram")
+    if most is None:
         return
     tree = material.subject().tree
     assert tree is not None, "jobs with data have a module tree"
@@ -174,7 +184,6 @@ def _check_memory(material: Material, scoring: Options, options: int) -> None:
     outside = sum(p.numel() for p in tree.parameters()) - sum(sizes)
     # Of a block float32 weights, rounded ones, room to work, and errors of every option in 16 bits; embedding and head.
     least = base_memory() + max((12 + 2 * options) * max(sizes), 8 * outside)
-    most = parse_size(scoring.max_ram, "max_ram")
     if least > most:
         raise PlanError(
             f"max_ram {most:,} bytes is not enough for AutoScheme, which takes {least:,}. Give --max-ram "

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from types import MappingProxyType
 
 from auto_round.codecs.base import codec_of, preset
 from auto_round.core.auto_scheme import AutoScheme
@@ -15,13 +16,14 @@ from auto_round.core.plan import Plan
 from auto_round.core.scheme import FLAT_NAMES, QuantizationScheme, Scheme
 from auto_round.core.selection import Selection, make_plan, parse_ignore, parse_layer_config, schemes_of
 from auto_round.formats.base import Format, parse_formats
-from auto_round.models.anatomy import experts_of
+from auto_round.models.anatomy import Anatomy, experts_of
 from auto_round.models.subject import Subject, check_sources
 from auto_round.options import DEFAULT_SCHEME, Options
 from auto_round.recipes import BEFOREHAND, algorithm_named
 
 logger = logging.getLogger("auto_round")
 MIXED_SCHEME = "W4A16_MIXED"
+NOTHING: Mapping[str, Scheme] = MappingProxyType({})
 
 
 def settled(options: Options) -> Options:
@@ -63,13 +65,17 @@ def _with_auto_scheme(options: Options) -> Options:
         raise PlanError(
             f"bits={options.bits}: an average number of bits needs schemes to choose from (AutoScheme)"
         )
-    if isinstance(options.scheme, AutoScheme):
-        said = [name for name in FLAT_NAMES if getattr(options, name, None) is not None]
-        if said:
-            raise PlanError(
-                f"{', '.join(said)}: with AutoScheme the options say it all; give schemes as QuantizationScheme(...)"
-            )
+    if isinstance(options.scheme, AutoScheme) and (said := _single_settings(options)):
+        raise PlanError(
+            f"{', '.join(said)}: with AutoScheme the options say it all; give schemes as QuantizationScheme(...)"
+        )
     return options
+
+
+def _single_settings(options: Options) -> dict[str, object]:
+    """The settings of a scheme that were given one by one."""
+    given = {f.name: getattr(options, f.name) for f in fields(options)}
+    return {name: given[name] for name in FLAT_NAMES if given.get(name) is not None}
 
 
 def base_scheme(options: Options) -> Scheme:
@@ -92,8 +98,7 @@ def base_scheme(options: Options) -> Scheme:
         raise SchemeError(
             f"scheme of type {type(given).__name__}: give a name, a dict, QuantizationScheme or AutoScheme"
         )
-    given_fields = {f.name: getattr(options, f.name) for f in fields(options)}
-    said = {name: given_fields[name] for name in FLAT_NAMES if given_fields.get(name) is not None}
+    said = _single_settings(options)
     scheme = Scheme.from_flat(said, start) if said else start
     _check_codecs(scheme)
     return scheme
@@ -125,6 +130,30 @@ def formats_for(options: Options, base: Scheme, given: str | None = None) -> lis
     return formats
 
 
+def selected(
+    body: Anatomy, options: Options, base: Scheme, own: Mapping[str, Scheme] = NOTHING, *, whole: bool = False
+) -> Plan:
+    """Which layers of `body` get which scheme by the user's words; a layer that these name has a reason.
+
+    own: schemes in the place of `base`. whole: whether embedding and head are quantized too.
+    """
+    selection = Selection(
+        base=base,
+        layer_config=parse_layer_config(options.layer_config),
+        own=own,
+        ignore_layers=parse_ignore(options.ignore_layers),
+    )
+    default = body.in_blocks()
+    if options.quant_lm_head:
+        if body.head is None:
+            raise PlanError("quant_lm_head: this model has no output head")
+        default.append(body.head)
+    if whole:
+        outside = [body.embedding, None if body.tied else body.head]
+        default += [name for name in outside if name is not None and name not in default]
+    return make_plan(body.shapes(), selection, preset, default=default, fused=body.fused())
+
+
 def plan_for(
     subject: Subject, options: Options, base: Scheme, formats: Sequence[Format], chosen: Mapping[str, Scheme]
 ) -> Plan:
@@ -134,23 +163,8 @@ def plan_for(
     Raises PlanError, SchemeError or FormatError for what cannot be carried out.
     """
     whole = any(fmt.whole_model for fmt in formats)
-    base = formats[0].scheme or base
-    selection = Selection(
-        base=base,
-        layer_config=parse_layer_config(options.layer_config),
-        own=_beside_experts(subject, options, base),
-        ignore_layers=parse_ignore(options.ignore_layers),
-    )
-    body = subject.anatomy
-    default = body.in_blocks()
-    if options.quant_lm_head:
-        if body.head is None:
-            raise PlanError("quant_lm_head: this model has no output head")
-        default.append(body.head)
-    if whole:
-        outside = [body.embedding, None if body.tied else body.head]
-        default += [name for name in outside if name is not None and name not in default]
-    plan = make_plan(body.shapes(), selection, preset, default=default, fused=body.fused())
+    base, body = formats[0].scheme or base, subject.anatomy
+    plan = selected(body, options, base, _beside_experts(subject, options, base), whole=whole)
     plan = plan.override({name: chosen[name] for name in plan if name in chosen}, "AutoScheme")
     for fmt in formats:
         # Formats with mixtures choose first; what is checked below is what will be done.

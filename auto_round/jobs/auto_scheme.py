@@ -121,17 +121,22 @@ class Sensitivities:
                 continue
             errors = {label: _errors(block, layers, each) for label, each in passes.items()}
             for products in samples:
-                for layer in layers:
-                    own = {label: of_label[layer] for label, of_label in errors.items() if layer in of_label}
-                    for x, gradient in products.get(layer, ()):
-                        if (gradient.shape[1], x.shape[1]) != self.candidates.layers[layer]:
-                            continue  # a matrix that its model reads in pieces, as DeepSeek-V4 does
-                        self._seen.add(layer)
-                        for label, error in own.items():
-                            act = self.candidates.schemes[label].act
-                            lost = _lost(block.weights[layer], error, act, x, gradient)
-                            self.losses[layer][label] += lost / (2 * tokens)
+                met = ((layer, x, gradient) for layer in layers for x, gradient in products.get(layer, ()))
+                for layer, x, gradient in met:
+                    if (gradient.shape[1], x.shape[1]) != self.candidates.layers[layer]:
+                        continue  # a matrix that its model reads in pieces, as DeepSeek-V4 does
+                    self._seen.add(layer)
+                    own = {label: of_label[layer] for label, of_label in errors.items() if of_label}
+                    self._add(layer, block.weights[layer], own, x, gradient / (2 * tokens) ** 0.5)
         self._pool()
+
+    def _add(
+        self, layer: str, weight: Tensor, errors: Mapping[str, Tensor], x: Tensor, gradient: Tensor
+    ) -> None:
+        """What `layer` loses for inputs `x` (N, I); errors: label -> what is added to its `weight`."""
+        for label, error in errors.items():
+            act = self.candidates.schemes[label].act
+            self.losses[layer][label] += _lost(weight, error, act, x, gradient)
 
     def _pool(self) -> None:
         """Give layers whose products were not seen, experts without tokens above all, what others lose per weight."""

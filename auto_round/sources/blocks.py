@@ -250,11 +250,10 @@ class LiveSource(Source):
         members: tuple[str, ...],
         chain: Chain | None,
         calls: Sequence[Calls],
-        gather: bool | None,
+        gather: bool,
         after: Predictor | None = None,
         kind: type[LiveBlock] = LiveBlock,
     ) -> LiveBlock:
-        """gather: whether statistics are wanted; None when the block is not even to be run as it is."""
         layers = {n: layer for n, layer in self.anatomy.layers.items() if layer.block in members}
         self._filled = members
         for name in members:
@@ -276,8 +275,7 @@ class LiveSource(Source):
                         self.execution.amp,
                         why,
                     )
-                if gather is not None:
-                    block.observe(statistics=gather)
+                block.observe(statistics=gather)
             self._tokens.update(block.tokens)
         return block
 

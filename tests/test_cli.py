@@ -166,18 +166,6 @@ LATER = [
     ["--rotation_type", "hadamard"],
     ["--rotation_config", "quarot"],
     ["--static_attention_dtype", "fp8"],
-    ["--eval"],
-    ["--tasks", "mmlu"],
-    ["--task", "mmlu"],
-    ["--eval_bs", "16"],
-    ["--eval_backend", "vllm"],
-    ["--eval_task_by_task"],
-    ["--eval_model_dtype", "bf16"],
-    ["--limit", "10"],
-    ["--num_fewshot", "5"],
-    ["--vllm_args", "tensor_parallel_size=2,gpu_memory_utilization=0.8"],
-    ["--vllm_args=--tensor_parallel_size=2"],
-    ["--add_bos_token"],
     ["--mllm"],
     ["--quant_nontext_module"],
     ["--template", "llava"],
@@ -193,12 +181,6 @@ def test_flags_of_later_work_are_answered_with_one_sentence(model, tmp_path, cap
     said = capsys.readouterr().err.strip()
     assert said.startswith("error: ") and "not there yet" in said and "\n" not in said
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("argv", [["--eval"], ["--tasks", "mmlu"]], ids=" ".join)
-def test_flags_of_later_work_are_named(capsys, argv):
-    assert execute("default", ["./model", *argv]) == 2
-    assert argv[0].replace("_", "-") in capsys.readouterr().err
 
 
 BUDGET = {"avg_bits": 3.5, "options": "W2A16G32 W4A16"}
@@ -445,10 +427,18 @@ def test_every_installed_command_runs_its_recipe(monkeypatch):
         with pytest.raises(SystemExit, match="0"):
             script.load()()
     stems = {script.name: recipe for script, (recipe, _) in zip(scripts, ran)}
-    expected = {"": "default", "-best": "best", "-light": "light", "-opt-rtn": "opt_rtn", "-rtn": "rtn"}
+    expected = {
+        "": "default",
+        "-eval": "default",
+        "-best": "best",
+        "-light": "light",
+        "-opt-rtn": "opt_rtn",
+        "-rtn": "rtn",
+    }
     names = {f"auto-round{end}": recipe for end, recipe in expected.items()}
     assert stems == {**names, **{name.replace("-", "_"): recipe for name, recipe in names.items()}}
-    assert all(argv == ["./m"] for _, argv in ran)
+    words = {script.name: argv for script, (_, argv) in zip(scripts, ran)}
+    assert all(argv == (["eval", "./m"] if "eval" in name else ["./m"]) for name, argv in words.items())
 
 
 @pytest.mark.parametrize(
@@ -487,7 +477,8 @@ HEAVY = ("torch", "transformers", "datasets", "numpy", "accelerate")
         "from auto_round.cli.main import execute; assert execute('default', ['--help']) == 0",
         "from auto_round.cli.main import execute; assert execute('default', ['--version']) == 0",
         "from auto_round.cli.main import execute; assert execute('default', ['./m', '--itres', '3']) == 2",
-        "from auto_round.cli.main import execute; assert execute('default', ['./m', '--eval']) == 2",
+        "from auto_round.cli.main import execute; assert execute('default', ['--eval']) == 2",
+        "from auto_round.cli.main import execute; assert execute('default', ['./m', '--eval_bs', '4']) == 2",
     ],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(code):

@@ -24,6 +24,7 @@ ORDER = [
     "outputs",
     "spread",
     "api",
+    "evaluation",
     "compat",
     "cli",
 ]

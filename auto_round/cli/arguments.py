@@ -255,6 +255,59 @@ class Machine:
     ] = None
 
 
+@Parameter(name="*", group=Group("Evaluation", sort_key=5))
+@dataclass(frozen=True, kw_only=True)
+class Evaluating:
+    """Benchmarks of lm-eval: of a model as it is (`--eval`), or of the result (`--tasks`)."""
+
+    tasks: Annotated[
+        Text,
+        _flag(
+            "tasks",
+            "task",
+            help="Tasks of lm-eval, comma separated, or YAML files; alone: the usual thirteen.",
+        ),
+    ] = None
+    eval_bs: Annotated[Text, _flag("eval-bs", help="Documents at once; default: as many as fit.")] = None
+    eval_backend: Annotated[str, _flag("eval-backend", help="hf or vllm.")] = "hf"
+    vllm_args: Annotated[
+        Text, _flag("vllm-args", help="tensor_parallel_size=2,gpu_memory_utilization=0.8 and the like.")
+    ] = None
+    eval_task_by_task: Annotated[
+        bool, _switch("eval-task-by-task", help="One after the other: one that fails leaves the others.")
+    ] = False
+    eval_model_dtype: Annotated[str, _flag("eval-model-dtype", help="Load the model in this dtype.")] = "auto"
+    limit: Annotated[Real, _flag("limit", help="Documents per task, or their share when below 1.")] = None
+    num_fewshot: Annotated[Number, _flag("num-fewshot", help="Examples in front of a question.")] = None
+    eval_gen_kwargs: Annotated[Text, _flag("eval-gen-kwargs", help="temperature=0.7,top_p=0.9 ...")] = None
+    fewshot_as_multiturn: Annotated[
+        bool, _switch("fewshot-as-multiturn", help="Examples as turns of a chat.")
+    ] = False
+    add_bos_token: Annotated[bool, _switch("add-bos-token", help="Whatever the tokenizer says.")] = False
+    eval_output: Annotated[Text, _flag("eval-output", help="JSON file for the scores.")] = None
+
+    def needless(self) -> str | None:
+        """A flag that was given without --tasks, which it is about."""
+        given = (f for f in fields(self) if getattr(self, f.name) != f.default)
+        return None if self.tasks is not None else next((f.name for f in given), None)
+
+
+@Parameter(name="*", group=Group("Machine", sort_key=4))
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """Where a model is evaluated, and how it is found."""
+
+    device_map: Annotated[
+        Text, _flag("device-map", "device", "devices", help="cpu, auto, cuda:0 or 0,1,2.")
+    ] = None
+    platform: Annotated[str, _flag("platform", help="hf or model_scope.")] = "hf"
+    seed: Annotated[int, _flag("seed")] = 42
+    trust_remote_code: Annotated[
+        bool, _switch("trust-remote-code", help="Run code that comes with the model.")
+    ] = False
+    disable_trust_remote_code: Annotated[bool, _switch("disable-trust-remote-code")] = False
+
+
 @Parameter(name="*", group=Group("Not there yet", sort_key=9))
 @dataclass(frozen=True, kw_only=True)
 class Later:
@@ -263,16 +316,6 @@ class Later:
     rotation_type: Annotated[Text, _flag("rotation-type")] = None
     rotation_config: Annotated[Text, _flag("rotation-config")] = None
     static_attention_dtype: Annotated[Text, _flag("static-attention-dtype")] = None
-    eval: Annotated[bool, _switch("eval")] = False
-    tasks: Annotated[Text, _flag("tasks", "task")] = None
-    eval_bs: Annotated[Text, _flag("eval-bs")] = None
-    eval_backend: Annotated[Text, _flag("eval-backend")] = None
-    eval_task_by_task: Annotated[bool, _switch("eval-task-by-task")] = False
-    eval_model_dtype: Annotated[Text, _flag("eval-model-dtype")] = None
-    limit: Annotated[Real, _flag("limit")] = None
-    num_fewshot: Annotated[Number, _flag("num-fewshot")] = None
-    vllm_args: Annotated[Text, _flag("vllm-args")] = None
-    add_bos_token: Annotated[bool, _switch("add-bos-token")] = False
     mllm: Annotated[bool, _switch("mllm")] = False
     quant_nontext_module: Annotated[bool, _switch("quant-nontext-module")] = False
     template: Annotated[Text, _flag("template")] = None
@@ -287,14 +330,9 @@ class Later:
                 )
 
 
-EVALUATION = "evaluation with lm-eval"
 WHAT = {
     **dict.fromkeys(("rotation_type", "rotation_config"), "rotation"),
     "static_attention_dtype": "quantizing attention",
-    **dict.fromkeys(
-        ("eval", "tasks", "eval_bs", "eval_backend", "eval_task_by_task", "eval_model_dtype"), EVALUATION
-    ),
-    **dict.fromkeys(("limit", "num_fewshot", "vllm_args", "add_bos_token"), EVALUATION),
     **dict.fromkeys(
         ("mllm", "quant_nontext_module", "template", "extra_data_dir"), "quantizing vision and audio parts"
     ),
@@ -384,12 +422,26 @@ def _group(name: str, text: str | None) -> Any:
     raise PlanError(f"--{name} {text!r}: give a positive number, -1 (one per row) or 0 (one per tensor)")
 
 
+ALL_TASKS = "default"
+"""What a bare `--tasks` asks for."""
+
+
 def normalized(argv: Sequence[str]) -> list[str]:
-    """`argv` with "_" in flag names as "-", so that both spellings mean the same."""
+    """`argv` with "_" in flag names as "-", so that both spellings mean the same.
+
+    `--eval`, wherever it stands, is the command `eval`, and `--tasks` without a name asks for the usual ones.
+    """
 
     def flag(word: str) -> str:
         name, equals, value = word.partition("=")
         return name.replace("_", "-") + equals + value
 
     # Values keep theirs: folders have underscores.
-    return [flag(word) if word.startswith("--") else word for word in argv]
+    words = [flag(word) if word.startswith("--") else word for word in argv]
+    if "--eval" in words:
+        words = ["eval", *(word for word in words if word != "--eval")]
+    bare = [i for i, word in enumerate(words) if word in ("--tasks", "--task")]
+    for i in reversed(bare):
+        if i + 1 == len(words) or words[i + 1].startswith("--"):
+            words.insert(i + 1, ALL_TASKS)
+    return words

@@ -13,7 +13,17 @@ import cyclopts
 from cyclopts import Parameter
 from rich.console import Console
 
-from auto_round.cli.arguments import Later, Machine, Output, SchemeFlags, Tuning, normalized, to_options
+from auto_round.cli.arguments import (
+    Evaluating,
+    Host,
+    Later,
+    Machine,
+    Output,
+    SchemeFlags,
+    Tuning,
+    normalized,
+    to_options,
+)
 from auto_round.core.errors import AutoRoundError, FormatError, NotYetError, PlanError, SchemeError
 from auto_round.options import Options
 from auto_round.version import __version__
@@ -71,6 +81,20 @@ def build(recipe: str) -> cyclopts.App:
         """Show what would be done with MODEL: layers, sizes, memory and time. Quantizes nothing."""
         _outline(recipe, model, output, scheme, tuning, machine)
 
+    @app.command(name="eval")
+    def evaluate(
+        model: ModelName = None,
+        *,
+        evaluating: Evaluating = Evaluating(),  # noqa: B008
+        host: Host = Host(),  # noqa: B008
+    ) -> None:
+        """Run benchmarks of lm-eval on MODEL as it is, quantized or not. `--eval` is the same."""
+        if model is None:
+            raise PlanError("no model given. Example: auto-round ./my-model --eval --tasks lambada_openai")
+        from auto_round.cli.evaluating import settings_of, show_scores
+
+        show_scores(model, settings_of(evaluating, host), evaluating.eval_output)
+
     @app.default
     def run(
         model: ModelName = None,
@@ -79,18 +103,27 @@ def build(recipe: str) -> cyclopts.App:
         scheme: SchemeFlags = SchemeFlags(),  # noqa: B008
         tuning: Tuning = Tuning(),  # noqa: B008
         machine: Machine = Machine(),  # noqa: B008
+        evaluating: Evaluating = Evaluating(),  # noqa: B008
         later: Later = Later(),  # noqa: B008
     ) -> None:
-        """Quantize MODEL: a folder, a hub id or a GGUF file."""
+        """Quantize MODEL: a folder, a hub id or a GGUF file. With --tasks, benchmark the result."""
         later.refuse()
+        if (flag := evaluating.needless()) is not None:
+            raise PlanError(f"--{flag.replace('_', '-')} is about benchmarks: give --tasks too, or --eval")
         if model is None:
             raise PlanError(
                 "no model given. Example: auto-round ./my-model --scheme W4A16 --output_dir ./out"
             )
         if output.dry_run:
             _outline(recipe, model, output, scheme, tuning, machine)
-        else:
+        elif evaluating.tasks is None:
             _quantize(recipe, model, output, scheme, tuning, machine)
+        else:
+            from auto_round.cli.evaluating import settings_of, show_scores
+
+            settings = settings_of(evaluating, machine)  # what is wrong with it is said before the work
+            folders = _quantize(recipe, model, output, scheme, tuning, machine)
+            show_scores(folders[-1], settings, evaluating.eval_output)
 
     return app
 
@@ -124,7 +157,8 @@ def _job(model: str, options: Options) -> AutoRound:
 
 def _quantize(
     recipe: str, model: str, output: Output, scheme: SchemeFlags, tuning: Tuning, machine: Machine
-) -> None:
+) -> list[str]:
+    """Quantize, save and say what was done; the folders that were written."""
     options = to_options(recipe, output, scheme, tuning, machine)
     from auto_round.cli.progress import Show
 
@@ -132,8 +166,10 @@ def _quantize(
     job = _job(model, options)
     with Show(console) as show:
         job.observers.append(show)
-        _, folders = job.quantize_and_save(output.output_dir, format=output.format)
-    Console().print(show.summary(job.material.folder, [folders] if isinstance(folders, str) else folders))
+        _, written = job.quantize_and_save(output.output_dir, format=output.format)
+    folders = [written] if isinstance(written, str) else list(written)
+    Console().print(show.summary(job.material.folder, folders))
+    return folders
 
 
 def execute(recipe: str, argv: list[str]) -> int:
@@ -161,6 +197,11 @@ def execute(recipe: str, argv: list[str]) -> int:
 def main() -> None:
     """`auto-round`."""
     sys.exit(execute("default", sys.argv[1:]))
+
+
+def main_eval() -> None:
+    """`auto-round-eval`."""
+    sys.exit(execute("default", ["eval", *sys.argv[1:]]))
 
 
 def main_best() -> None:

@@ -19,6 +19,7 @@ class Settings:
     cxx: str
     kernel_cache: Path
     triton_interpret: bool
+    cuda_devices: tuple[str, ...]
 
 
 def settings() -> Settings:
@@ -30,6 +31,7 @@ def settings() -> Settings:
         most this share of the free memory, else it dequantizes at each call.
     CXX (none): the C++ compiler for the CPU kernels, tried before c++, g++ and clang++.
     TRITON_INTERPRET (0): Triton's own; the backend triton:interpreter then runs on the CPU.
+    CUDA_VISIBLE_DEVICES (all): CUDA's own; vLLM evaluates on as many cards as it names.
     AR_KERNEL_CACHE (~/.cache/auto_round): where compiled CPU kernels are kept.
     """
     return Settings(
@@ -40,6 +42,7 @@ def settings() -> Settings:
         cxx=os.environ.get("CXX", ""),
         kernel_cache=Path(os.environ.get("AR_KERNEL_CACHE", "~/.cache/auto_round")).expanduser(),
         triton_interpret=os.environ.get("TRITON_INTERPRET", "0") == "1",
+        cuda_devices=tuple(part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part),
     )
 
 

@@ -71,7 +71,7 @@ def _device(said: Any) -> torch.device:
     """One device. A number means that accelerator; on a machine without any, the CPU."""
     if str(said).isdigit():
         if not torch.cuda.is_available():
-            logger.info("no accelerator found: tuning on the CPU with %d threads", torch.get_num_threads())
+            logger.info("no accelerator found: on the CPU with %d threads", torch.get_num_threads())
             return torch.device("cpu")
         said = f"cuda:{said}"
     try:

@@ -17,6 +17,8 @@ _WHERE = {
     "SignRoundConfig": "auto_round.compat",
     "AWQConfig": "auto_round.compat",
     "RTNConfig": "auto_round.compat",
+    "RotationConfig": "auto_round.core.rotation",
+    "SpinQuantConfig": "auto_round.core.rotation",
     "AutoRoundConfig": "transformers",
 }
 

@@ -266,6 +266,7 @@ class AutoRound:
         """The plan for this model, options and formats; nothing is read but headers and configuration."""
         chosen = {} if self.mix is None else self.mix.chosen
         self.plan = plan_for(self.subject(), self.options, self.base, formats, chosen)
+        self.material.turn(self.plan)
         return self.plan
 
     def _plan_in_memory(self) -> Plan:

@@ -79,6 +79,12 @@ PATHS = {
     # The guide's path and upstream's.
     "auto_round.algorithms.quantization.awq.config": {"AWQConfig": "auto_round.compat:AWQConfig"},
     "auto_round.algorithms.transforms.awq.config": {"AWQConfig": "auto_round.compat:AWQConfig"},
+    "auto_round.algorithms.transforms.spinquant": {
+        "SpinQuantConfig": "auto_round.core.rotation:SpinQuantConfig"
+    },
+    "auto_round.algorithms.transforms.hadamard": {
+        "RotationConfig": "auto_round.core.rotation:RotationConfig"
+    },
     "auto_round.algorithms.quantization.rtn.config": {"RTNConfig": "auto_round.compat:RTNConfig"},
 }
 """Documented module path -> name in it -> where the name lives; "()" means: the result of calling it."""

@@ -10,9 +10,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from auto_round.core.errors import DataError, ModelError
+from auto_round.core.errors import DataError, ModelError, PlanError
+from auto_round.core.hadamard import Rotation
+from auto_round.core.plan import Plan
+from auto_round.core.rotation import (
+    MLP_OUTPUTS,
+    READERS,
+    SpinQuantConfig,
+    head_dim,
+    rotations_of,
+    turned_layers,
+)
 from auto_round.core.scheme import Scheme
 from auto_round.core.selection import parse_layer_config
 from auto_round.jobs.planner import rounded
@@ -27,6 +39,7 @@ from auto_round.models.shards import parse_size
 from auto_round.models.skeleton import Skeleton, filled
 from auto_round.models.stored import lacking, streamed_subject
 from auto_round.models.subject import Candidates, Origin, Subject, check_streamed, open_subject
+from auto_round.models.turning import fused, turn_inputs, turn_keys
 from auto_round.options import Options
 from auto_round.planning import weights_alone
 from auto_round.recipes import recipe_named
@@ -58,6 +71,12 @@ class Material:
         self._calibration: Calibration | None = None
         self._cache_ranges: Mapping[str, tuple[Tensor, Tensor]] | None = None
         self._shards: HubShards | None = None
+        self.rotations = rotations_of(options.rotation_config)
+        self.turns: dict[str, tuple[str, Rotation]] = {}
+        """Layer -> place and rotation of its inputs, which are turned at run time."""
+        self._hooks: list[RemovableHandle] = []
+        self._upright: Subject | None = None  # before inputs were turned
+        self._fused = False  # whether a live model has taken up what weights can
         self.author_bytes = 0  # predicted peak of this process while the model wrote its own calibration text
         if isinstance(model, nn.Module):
             self.model: nn.Module | None = model.eval()  # dropout would give the float output noise to match
@@ -102,7 +121,11 @@ class Material:
     @whole.setter
     def whole(self, wanted: bool) -> None:
         if wanted is not self._whole:
-            self._whole, self._subject = wanted, None  # other layers: read the anatomy anew
+            self._whole, self._subject, self._upright = (
+                wanted,
+                None,
+                None,
+            )  # other layers: read the anatomy anew
 
     def subject(self) -> Subject:
         """The model as files and layers."""
@@ -152,6 +175,7 @@ class Material:
             trust_remote_code=options.trust_remote_code,
             dtype=options.model_dtype or "auto",
             opener=plain.open_folder,
+            fuse=self._fuse,
         )
         candidates = Candidates(
             blocks=options.to_quant_block_names,
@@ -161,6 +185,47 @@ class Material:
         )
         return open_subject(origin, candidates)
 
+    def _fuse(self, files: load.ModelFiles, tree: nn.Module) -> load.ModelFiles:
+        """The rotations that weights take up; a live model does so once."""
+        if self.rotations is None or (self._fused and files.folder is None):
+            return files
+        self._fused = True
+        return fused(files, tree, self.rotations, self.options.seed)
+
+    def turn(self, plan: Plan) -> None:
+        """From now on, turn the inputs of the layers of `plan` that rotations ask for."""
+        if self.rotations is None or not self.rotations.online:
+            return
+        upright = self._upright = self._upright or self.subject()
+        layers, tree = upright.anatomy.layers, upright.tree if self.model is None else self.model
+        assert tree is not None, "models with rotations have a module tree"
+        hidden = getattr(tree.config.get_text_config(), "hidden_size", 0)  # type: ignore[union-attr, operator]
+        wanted = [
+            (n, plan.shapes[n][1]) for n in plan.quantized() if layers[n].block and layers[n].piece is None
+        ]
+        before = self.turns
+        found = turned_layers(self.rotations, wanted, hidden, self.options.seed)
+        self.turns = {name: (place, rotation) for name, place, rotation in found}
+        turns = {name: rotation for name, (_, rotation) in self.turns.items()}
+        if not self.turns and set(self.rotations.online) != {"r3"}:
+            raise PlanError(
+                f"rotation_config: none of the layers to quantize is one that {' and '.join(self.rotations.online)} "
+                f"would turn the inputs of ({', '.join((*READERS, *MLP_OUTPUTS))}); 'default' turns those of all layers"
+            )
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks = turn_inputs(tree, self.turns)
+        if isinstance(self.rotations, SpinQuantConfig) and self.rotations.r3:
+            turn_keys(tree, self.rotations, head_dim(upright.files.config), self.options.seed)
+        if self.folder is not None:
+            self._subject = upright.turned(turns)
+            return
+        with torch.no_grad():  # a live model holds its weights itself
+            for name in {*before, *turns} - (before.keys() & turns.keys()):
+                weight = layers[name].matrix(tree.get_parameter(layers[name].parameter))
+                back = name in before
+                weight.copy_(before[name][1].back(weight) if back else turns[name](weight))
+
     def _embedding_named(self) -> bool:
         """Whether `layer_config` has the full name of a table of embeddings, which then counts as a layer."""
         named = parse_layer_config(self.options.layer_config)
@@ -168,7 +233,7 @@ class Material:
 
     def _streams(self) -> bool:
         """Whether weights are all that this job will look at, whatever data there is."""
-        return self.model is None and weights_alone(self.options, self.base)
+        return self.model is None and self.rotations is None and weights_alone(self.options, self.base)
 
     def _is_packed(self) -> bool:
         """Whether the model's own weights are packed: transformers would not load them as plain ones."""
@@ -186,17 +251,23 @@ class Material:
 
     def _loaded(self) -> nn.Module:
         folder = self._here()
+        if self.rotations is not None:
+            if self._subject is None:  # asked for in order to know it
+                raise PlanError(
+                    f"rotation_config: {folder} names its tensors otherwise than transformers' model does, so that "
+                    "they cannot be turned as they are read. Give the loaded model instead of the folder"
+                )
+            return self._as_read(self.subject())
         if self._is_packed():
-            return self._dequantized()
+            return self._as_read(self._of_tree())
         return load.load_model(
             folder,
             trust_remote_code=self.options.trust_remote_code,
             dtype=self.options.model_dtype or "auto",
         )
 
-    def _dequantized(self) -> nn.Module:
-        """The module tree, filled from weights that are dequantized as they are read."""
-        subject = self._of_tree()
+    def _as_read(self, subject: Subject) -> nn.Module:
+        """The module tree, filled from weights that are dequantized, or rotated, as they are read."""
         if subject.located is None or subject.tree is None:
             raise ModelError(
                 f"{self.folder} is quantized already, and its tensors are not those of a model that transformers "

@@ -132,6 +132,8 @@ class Options:
         if self.save_imatrix is not None and self.resume:
             raise PlanError("save_imatrix: a journal does not hold importance, so leave resume out")
         schedule_named(self.lr_scheduler)
+        if self.rotation_config is not None:
+            self.check_rotations()
         if not self.numbers().iters:
             for name in TUNING_ONLY:
                 if values[name] != defaults[name]:
@@ -143,6 +145,18 @@ class Options:
             value = values[name]
             if value is not None and (isinstance(value, bool) or value < least):  # True is 1 to Python
                 raise PlanError(f"{name} must be {least} or more, got {value!r}")
+
+    def check_rotations(self) -> None:
+        """Raise PlanError for rotations that nobody knows, or for what does not go with them."""
+        from auto_round.core.rotation import rotations_of  # torch, which other options can do without
+
+        rotations_of(self.rotation_config)
+        for name in NOT_WITH_ROTATIONS:
+            if getattr(self, name):
+                raise PlanError(
+                    f"{name}={getattr(self, name)!r} is about the model as it is, and rotation_config turns it: leave "
+                    "one of them out"
+                )
 
     def check_awq(self) -> None:
         """Raise PlanError for what does not go with AWQ, or is about it alone."""
@@ -211,6 +225,8 @@ DUO_SCALING = {"true": True, "false": False, "both": None}
 
 NOT_WITH_AWQ = ("imatrix", "save_imatrix", "static_kv_dtype")
 
+NOT_WITH_ROTATIONS = ("imatrix", "save_imatrix", "model_free")
+
 STARTS = ("gptq", "search", "none")
 
 AT_LEAST = {
@@ -231,7 +247,6 @@ TUNING_ONLY = ("nblocks", "enable_norm_bias_tuning", "enable_lfq", "time_budget"
 """Options that mean nothing without sign steps."""
 
 LATER = {
-    "rotation_config": "rotations are not there yet",
     "static_attention_dtype": "quantized attention is not there yet",
     "super_bits": "scales of scales (GGUF) are not there yet",
     "super_group_size": "scales of scales (GGUF) are not there yet",

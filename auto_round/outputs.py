@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from auto_round.core.plan import Plan
+from auto_round.core.rotation import stored
 from auto_round.formats.base import Format, Provenance
 from auto_round.jobs.export import CheckpointWriter
 from auto_round.jobs.gguf_export import GgufWriter
@@ -68,7 +69,11 @@ def writer_for(
     """What writes `plan` in format `fmt` into `folder`; nothing is opened yet."""
     subject, options = material.subject(), material.options
     provenance = provenance_of(subject, plan, options)
-    provenance = replace(provenance, importance=_importance(material, plan))
+    provenance = replace(
+        provenance,
+        importance=_importance(material, plan),
+        tuning={**provenance.tuning, **_told(material)},
+    )
     if fmt.whole_model:
         split = parse_size(options.split_size, "split_size") if options.split_size else 0
         return GgufWriter(folder, fmt, subject, plan, provenance, max_shard_bytes=split)
@@ -83,7 +88,7 @@ def writer_for(
         provenance,
         max_shard_bytes=limit,
         ledger=ledger,
-        cache=_cache_scales(material, made),
+        more={**_cache_scales(material, made), **_rotations(material)},
     )
 
 
@@ -117,6 +122,21 @@ def _importance(material: Material, plan: Plan) -> dict[str, object]:
     if data is None:
         return {}
     return {"dataset": name_of(options.dataset), "entries_count": entries, "chunks_count": len(data.tokens)}
+
+
+def _told(material: Material) -> dict[str, object]:
+    """What a configuration says of rotations that readers have to carry out."""
+    wish = material.rotations
+    return wish.described(material.subject().files.config) if wish is not None and wish.online else {}
+
+
+def _rotations(material: Material) -> dict[str, torch.Tensor]:
+    """The tensors that tell the rotation of each layer's inputs."""
+    return {
+        f"{material.subject().stored_name(name)}.{suffix}": tensor
+        for name, (place, rotation) in material.turns.items()
+        for suffix, tensor in stored(place, rotation).items()
+    }
 
 
 def _cache_scales(material: Material, fmt: Format) -> dict[str, torch.Tensor]:

@@ -13,13 +13,14 @@ from auto_round.codecs.base import codec_of, preset
 from auto_round.core.auto_scheme import AutoScheme
 from auto_round.core.errors import FormatError, PlanError, SchemeError
 from auto_round.core.plan import Plan
-from auto_round.core.scheme import FLAT_NAMES, QuantizationScheme, Scheme
+from auto_round.core.rotation import rotations_of
+from auto_round.core.scheme import FLAT_NAMES, WHOLE_MODEL, QuantizationScheme, Scheme
 from auto_round.core.selection import Selection, make_plan, parse_ignore, parse_layer_config, schemes_of
 from auto_round.formats.base import Format, parse_formats
 from auto_round.models.anatomy import Anatomy, experts_of
 from auto_round.models.subject import Subject, check_sources
 from auto_round.options import DEFAULT_SCHEME, Options
-from auto_round.recipes import BEFOREHAND, algorithm_named
+from auto_round.recipes import BEFOREHAND, ROTATING, algorithm_named
 
 logger = logging.getLogger("auto_round")
 MIXED_SCHEME = "W4A16_MIXED"
@@ -28,6 +29,9 @@ NOTHING: Mapping[str, Scheme] = MappingProxyType({})
 
 def settled(options: Options) -> Options:
     """`options` with what `alg_configs` and `algorithm` say. Raises PlanError when they contradict each other."""
+    if isinstance(options.scheme, (QuantizationScheme, dict)) and options.rotation_config is None:
+        options = replace(options, rotation_config=options.scheme.get(WHOLE_MODEL))
+        options.check()
     configs = options.alg_configs
     if configs is not None:
         if options.algorithm is not None:
@@ -38,6 +42,8 @@ def settled(options: Options) -> Options:
                 options = replace(options, algorithm=earlier + config)
             else:
                 options = config.merged(options)
+    if options.algorithm is not None:
+        options = _with_rotations(options)
     if options.algorithm is not None:
         names = {algorithm_named(part) for part in options.algorithm.split(",") if part.strip()}
         before, rounding = names & set(BEFOREHAND), names - set(BEFOREHAND)
@@ -50,6 +56,21 @@ def settled(options: Options) -> Options:
         options = replace(options, algorithm=chosen, enable_awq=options.enable_awq or "awq" in before)
     options.check_awq()
     return _with_auto_scheme(options)
+
+
+def _with_rotations(options: Options) -> Options:
+    """`options` with a rotation that `algorithm` names, "quarot,auto_round", as `rotation_config`."""
+    assert options.algorithm is not None, "there is an algorithm"
+    parts = [part.strip() for part in options.algorithm.split(",") if part.strip()]
+    words = [part for part in parts if part.casefold().replace("-", "_") in ROTATING]
+    if not words:
+        return options
+    if options.rotation_config is not None or len(words) > 1:
+        raise PlanError(f"algorithm {options.algorithm!r}: give one rotation, here or as rotation_config")
+    rest = ",".join(part for part in parts if part not in words) or None
+    options = replace(options, algorithm=rest, rotation_config=words[0])
+    options.check_rotations()
+    return options
 
 
 def _with_auto_scheme(options: Options) -> Options:
@@ -75,7 +96,7 @@ def _with_auto_scheme(options: Options) -> Options:
 def _single_settings(options: Options) -> dict[str, object]:
     """The settings of a scheme that were given one by one."""
     given = {f.name: getattr(options, f.name) for f in fields(options)}
-    return {name: given[name] for name in FLAT_NAMES if given.get(name) is not None}
+    return {name: given[name] for name in FLAT_NAMES if given.get(name) is not None and name != WHOLE_MODEL}
 
 
 def base_scheme(options: Options) -> Scheme:
@@ -89,9 +110,9 @@ def base_scheme(options: Options) -> Scheme:
     elif isinstance(given, Scheme):
         start = given
     elif isinstance(given, QuantizationScheme):
-        start = Scheme.from_flat({f.name: given[f.name] for f in fields(given)})
+        start = Scheme.from_flat({f.name: given[f.name] for f in fields(given) if f.name != WHOLE_MODEL})
     elif isinstance(given, dict):
-        start = Scheme.from_flat(given)
+        start = Scheme.from_flat({key: value for key, value in given.items() if key != WHOLE_MODEL})
     elif isinstance(given, AutoScheme):
         return next(iter(given.schemes(preset).values()))  # until layers have theirs
     else:
@@ -163,6 +184,7 @@ def plan_for(
     Raises PlanError, SchemeError or FormatError for what cannot be carried out.
     """
     whole = any(fmt.whole_model for fmt in formats)
+    _check_rotations(options, formats)
     base, body = formats[0].scheme or base, subject.anatomy
     plan = selected(body, options, base, _beside_experts(subject, options, base), whole=whole)
     plan = plan.override({name: chosen[name] for name in plan if name in chosen}, "AutoScheme")
@@ -186,6 +208,18 @@ def plan_for(
         logger.warning(note)
     check_sources(subject, plan)
     return plan
+
+
+def _check_rotations(options: Options, formats: Sequence[Format]) -> None:
+    """Raise FormatError when inputs are to be turned at run time, and readers of one of `formats` would not."""
+    wish = rotations_of(options.rotation_config)
+    for fmt in formats:
+        if wish is not None and wish.online and not fmt.turns_inputs:
+            raise FormatError(
+                f"rotation_config: readers of {fmt.name} do not turn inputs at run time "
+                f"({', '.join(wish.online)}). Use --format auto_round, or what weights take up: "
+                "SpinQuantConfig(r1=True, r2=True, online_r1_rotation=False)"
+            )
 
 
 def _check_embedding(name: str | None, formats: Sequence[Format]) -> None:

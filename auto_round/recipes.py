@@ -21,7 +21,9 @@ ALGORITHMS = {
 }
 BEFOREHAND = ("awq",)
 """Algorithms that change a block before another one rounds it: "awq,auto_round"; alone, optimised rounding follows."""
-PLANNED = ("svdquant", "hadamard", "random_hadamard", "quarot_hadamard", "spinquant", "quarot")
+ROTATING = ("hadamard", "random_hadamard", "quarot", "spinquant")
+"""Algorithms that rotate the model before another one rounds it; the words of `rotation_config`."""
+PLANNED = ("svdquant", "quarot_hadamard")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

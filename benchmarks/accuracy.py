@@ -32,6 +32,8 @@ RECIPES = {
     "default": ["--iters", "200"],
     "awq": ["--algorithm", "awq"],
     "short": ["--iters", "50"],
+    "turned": ["--iters", "200", "--rotation_type", "hadamard"],
+    "turned_rtn": ["--iters", "0", "--enable_opt_rtn", "--rotation_type", "hadamard"],
 }
 
 

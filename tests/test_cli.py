@@ -163,8 +163,6 @@ def test_the_model_is_positional_or_named(parsed, argv):
 
 
 LATER = [
-    ["--rotation_type", "hadamard"],
-    ["--rotation_config", "quarot"],
     ["--static_attention_dtype", "fp8"],
     ["--mllm"],
     ["--quant_nontext_module"],

@@ -233,18 +233,36 @@ def test_awq_is_an_algorithm(model_name_or_path, quick, tmp_path, scheme, form):
 
 
 @pytest.mark.parametrize(
-    "options",
+    "rotation",
     [
-        {"scheme": "MXFP4", "rotation_config": "quarot"},
-        {"scheme": "W4A16", "rotation_config": "quarot"},
+        "quarot",
+        {"r1": True},
+        {"r1": True, "r2": True},
+        {"r1": True, "r2": True, "r3": True, "r4": True},
+        {"r1": True, "r2": True, "r3": True, "r4": True, "random_r1": True, "random_r2": True, "random_r3": True,
+         "random_r4": True},
+        "default",
     ],
     ids=str,
-)
-def test_examples_of_later_work_are_answered_with_a_clear_error(model_name_or_path, options):
+)  # fmt: skip
+def test_rotations_are_saved_and_restored(quick, tmp_path, rotation):
+    from auto_round.algorithms.transforms.spinquant import SpinQuantConfig
+
+    from auto_round import AutoRound
+
+    tiny("qwen3", tmp_path / "model")
+    config = SpinQuantConfig(**rotation) if isinstance(rotation, dict) else rotation
+    ar = AutoRound(str(tmp_path / "model"), scheme="MXFP4", rotation_config=config, iters=2, **quick)
+    ar.quantize_and_save(output_dir=str(tmp_path / "out"), format="auto_round")
+    assert {"rotation_config", "spinquant_config"} & config_of(tmp_path / "out").keys()
+    assert torch.isfinite(logits(loaded(tmp_path / "out", device_map="auto", backend=None))).all()
+
+
+def test_what_is_trained_is_answered_with_a_clear_error(model_name_or_path):
     from auto_round import AutoRound
 
     with pytest.raises(NotYetError, match="not there yet"):
-        AutoRound(model_name_or_path, **options)
+        AutoRound(model_name_or_path, scheme="MXFP4", rotation_config="spinquant")
 
 
 def test_gguf_is_a_format(model_name_or_path, tmp_path):

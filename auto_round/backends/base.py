@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from auto_round.codecs.base import codec_of
 from auto_round.core.errors import AutoRoundError, FormatError, nearest
+from auto_round.core.hadamard import Rotation
 from auto_round.core.quantized import Quantized
 from auto_round.core.registry import discover
 from auto_round.core.scheme import TensorSpec
@@ -112,6 +113,9 @@ class Kernel(nn.Module):
             self.register_forward_pre_hook(_pad)
         self.transposed = False  # whether the plain layer held its weight as (I, O)
         self.ready = False  # whether its tensors are loaded
+        self.planned_turn: tuple[str, Rotation] | None = None  # what the configuration says of its inputs
+        self.told: tuple[str, ...] = ()  # names of the buffers that tell it
+        self.rotation: Rotation | None = None  # which the inputs go through before they come here
         # From the format's own `write` on meta tensors: no table of buffers that could differ from the file.
         planned = planned_tensors(site.format, site.spec, site.shape, site.act)
         self._planned = {suffix: tensor.dtype for suffix, tensor in planned.items()}
@@ -185,6 +189,8 @@ class Kernel(nn.Module):
     def plain_weight(self) -> Tensor:
         """The dequantized weight in the model's dtype, without padding: (O, I), or (I, O) where the model has it so."""
         weight = self.dequantized(self.site.dtype)[:, : self.in_features]
+        if self.rotation is not None:  # a plain layer turns no inputs
+            weight = self.rotation.back(weight.float()).to(weight.dtype)
         return weight.t().contiguous() if self.transposed else weight.contiguous()
 
     @property

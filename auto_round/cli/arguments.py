@@ -135,6 +135,19 @@ class Tuning:
         str,
         _flag("duo-scaling", "awq-duo-scaling", help="AWQ by the size of weights too: true, false or both."),
     ] = "true"
+    rotation_config: Annotated[
+        Text,
+        _flag(
+            "rotation-config",
+            help='quarot, default (blocks of 32 in every layer), or JSON: {"r1":true,"r4":true}.',
+        ),
+    ] = None
+    rotation_type: Annotated[
+        Text, _flag("rotation-type", help="hadamard or random_hadamard: blocks in every layer.")
+    ] = None
+    rotation_block_size: Annotated[
+        Number, _flag("rotation-block-size", help="Channels that such a block has; default 32.")
+    ] = None
     n_grid: Annotated[
         int, _flag("n-grid", "awq-n-grid", help="AWQ: factors tried for each set of channels.")
     ] = 20
@@ -313,8 +326,6 @@ class Host:
 class Later:
     """Flags of later work: understood, and answered with one sentence."""
 
-    rotation_type: Annotated[Text, _flag("rotation-type")] = None
-    rotation_config: Annotated[Text, _flag("rotation-config")] = None
     static_attention_dtype: Annotated[Text, _flag("static-attention-dtype")] = None
     mllm: Annotated[bool, _switch("mllm")] = False
     quant_nontext_module: Annotated[bool, _switch("quant-nontext-module")] = False
@@ -331,7 +342,6 @@ class Later:
 
 
 WHAT = {
-    **dict.fromkeys(("rotation_type", "rotation_config"), "rotation"),
     "static_attention_dtype": "quantizing attention",
     **dict.fromkeys(
         ("mllm", "quant_nontext_module", "template", "extra_data_dir"), "quantizing vision and audio parts"
@@ -349,6 +359,7 @@ def to_options(recipe: str, output: Output, scheme: SchemeFlags, tuning: Tuning,
         "report": output.report,
         "split_size": output.split_size,
         **_scheme(scheme),
+        "rotation_config": _rotation(tuning),
         "group_size": _group("group-size", scheme.group_size),
         # None where nothing was said: a scheme may be asymmetric by itself, and a GGUF type always says.
         "sym": False if scheme.asym else None,
@@ -403,6 +414,20 @@ def _scheme(flags: SchemeFlags) -> dict[str, Any]:
         ignore_scale_zp_bits=flags.ignore_scale_zp_bits,
     )
     return {"scheme": wish, "bits": None}
+
+
+def _rotation(flags: Tuning) -> Any:
+    """The option `rotation_config`: that flag, or what the two others say in its place."""
+    if flags.rotation_type is None and flags.rotation_block_size is None:
+        return flags.rotation_config
+    if flags.rotation_config not in (None, "default"):
+        raise PlanError(
+            "--rotation-type and --rotation-block-size say what --rotation-config says: give one of them"
+        )
+    return {
+        "hadamard_type": flags.rotation_type or "hadamard",
+        "block_size": flags.rotation_block_size,
+    }
 
 
 def _whole(name: str, value: float) -> int:

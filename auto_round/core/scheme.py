@@ -77,6 +77,11 @@ class Scheme:
                 raise SchemeError(
                     f"{key!r} is no setting of a scheme.{nearest(key, FLAT_NAMES)} Known: {_listing()}"
                 )
+        if WHOLE_MODEL in given:
+            raise SchemeError(
+                f"{WHOLE_MODEL}={given[WHOLE_MODEL]!r}: rotations are the whole model's, not a layer's: "
+                f"AutoRound(..., {WHOLE_MODEL}=...)"
+            )
         for key in LATER_NAMES:
             if key in given:
                 raise NotYetError(f"{key}={given[key]!r} is not there yet; leave it out")
@@ -130,8 +135,10 @@ ACT_NAMES = {
     "act_data_type": "dtype",
     "act_dynamic": "dynamic",
 }
-LATER_NAMES = ("super_bits", "super_group_size", "rotation_config")
-FLAT_NAMES = (*WEIGHT_NAMES, *ACT_NAMES, *LATER_NAMES)
+LATER_NAMES = ("super_bits", "super_group_size")
+WHOLE_MODEL = "rotation_config"
+"""A field of the public form that no layer has for itself."""
+FLAT_NAMES = (*WEIGHT_NAMES, *ACT_NAMES, *LATER_NAMES, WHOLE_MODEL)
 
 
 def _listing() -> str:

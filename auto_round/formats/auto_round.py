@@ -38,6 +38,7 @@ FLOATS = "auto_round:floats"
 class Packing(Format):
     """One way of laying out the integers, and the name that readers know it by."""
 
+    turns_inputs = True
     name: str
     packing_format: str
     bits: tuple[int, ...]
@@ -82,6 +83,7 @@ class Chooser(Format):
     """`auto_round`: stands for the packing that suits the plan."""
 
     name = "auto_round"
+    turns_inputs = True
 
     def resolve(self, plan: Plan) -> Format:
         """The packing for `plan`."""

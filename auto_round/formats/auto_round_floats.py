@@ -36,6 +36,7 @@ class Floats(Format):
     """One layout for all data types; each layer is written in that of its own."""
 
     name = "auto_round:floats"
+    turns_inputs = True
 
     def reject(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """Other data types, and integers as the integer packings refuse them."""

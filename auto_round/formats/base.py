@@ -53,6 +53,7 @@ class Format(ABC):
         False  # one file with embedding and head quantized too, instead of a checkpoint folder
     )
     holds_embedding: bool = False  # whether its readers take a quantized input embedding
+    turns_inputs: bool = False  # whether its loader rotates inputs at run time
     merged: bool = True  # whether some readers merge layers, q, k and v for one, which must then be alike
     scheme: Scheme | None = None  # the scheme that choosing this format means
 

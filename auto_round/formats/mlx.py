@@ -42,7 +42,7 @@ class MLX(Format):
     merged = False
 
     def __init__(self, name: str, *, own_loader: bool) -> None:
-        self.name, self.own_loader = name, own_loader
+        self.name, self.own_loader, self.turns_inputs = name, own_loader, own_loader
         self.holds_embedding = not own_loader  # transformers has no module for one
 
     def reject(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:

@@ -23,6 +23,7 @@ from auto_round.core.settings import settings
 from auto_round.formats.base import Format, format_named
 from auto_round.formats.reading import PACKINGS, SMALL_FLOATS, flat_settings, is_pattern
 from auto_round.inference.plain import dequantized
+from auto_round.inference.rotations import make_room, start_turning
 from auto_round.models import quirks
 from auto_round.models.anatomy import block_lists, is_conv1d, is_matrix, shape_of, shared_matrices
 from auto_round.models.expert_modules import separate
@@ -93,6 +94,7 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         kind = f"{site.kind} run on {choice.backend.name} ({choice.backend.summary})"
         choices[kind] = choice  # one line in the log for layers alike, not one per layer
         counts[kind] += 1
+    make_room(model, config)
     if not choices:
         raise FormatError(
             f"quantization_config names no layer of {type(model).__name__}; block_name_to_quantize may be wrong"
@@ -128,6 +130,7 @@ def post_init(model: nn.Module, used_backends: list[str]) -> None:
         kept = "kept" if cache else "made anew at each call"
         logger.info("dequantized weights of backend torch take %.1f GB: %s", needed / 1e9, kept)
     _check_complete(ours)
+    start_turning(model, ours)
     for module in ours:
         backends()[module.backend].finish(module, cache=cache)
         module.ready = True
@@ -144,7 +147,9 @@ def join_layers(model: nn.Module) -> None:
         for names in quirks.FUSED_NAMES:
             found = [child for name, child in parent.named_children() if name in names]
             layers = [child for child in found if isinstance(child, Kernel)]
-            if len(layers) > 1 and len({layer.backend for layer in layers}) == 1:
+            # Each would turn the input that they are to read together.
+            turned = any(layer.rotation is not None for layer in layers)
+            if len(layers) > 1 and not turned and len({layer.backend for layer in layers}) == 1:
                 backends()[layers[0].backend].join(layers)
 
 
@@ -155,6 +160,7 @@ def _check_complete(ours: Iterable[Kernel]) -> None:
         f"{m.site.name}.{n}": getattr(t, "_is_hf_initialized", False)
         for m in ours
         for n, t in m.named_buffers()
+        if n != "hadamard_matrix"  # upstream stores one for all layers
     }
     for name, marked in loaded.items():
         if not marked and any(loaded.values()):

@@ -49,9 +49,9 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         *,
         max_shard_bytes: int,
         ledger: Ledger | None = None,
-        cache: Mapping[str, Tensor] | None = None,
+        more: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """cache: tensors about keys and values, written as they are.
+        """more: tensors about keys and values, and about rotations, written as they are.
 
         ledger: layers arrive from several workers and are entered there as they are written; a run that fails
         then keeps them. Their codes are compared by samples: one of `SAMPLED`, and one of every kind."""
@@ -67,8 +67,8 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
         self._written: dict[str, dict[str, int]] = {}
         self._rewritten: dict[str, int] = {}
         self._ledger, self._kinds, self._copied = ledger, set[object](), set[str]()
-        self._cache = dict(cache or {})
-        self.layout = Layout(fmt, subject, plan, self._cache)
+        self._more = dict(more or {})
+        self.layout = Layout(fmt, subject, plan, self._more)
         self._shards = ShardWriter(self._staging, self.layout.infos, max_shard_bytes)
 
     @property
@@ -230,7 +230,7 @@ class CheckpointWriter(AbstractContextManager["CheckpointWriter"]):
                 if kind is None:
                     for name in self.to_copy():
                         self.copy(name)
-                    for name, tensor in self._cache.items():
+                    for name, tensor in self._more.items():
                         self._shards.put(name, tensor)
                 self._shards.__exit__(kind, error, trace)
                 if self._ledger is not None:

@@ -17,17 +17,17 @@ from auto_round.models.subject import Subject
 class Layout:
     """The tensors of one checkpoint in one format.
 
-    infos: of the files, in the order of the source, then the quantized layers' and those of the cache. account: what
+    infos: of the files, in the order of the source, then the quantized layers', then further ones. account: what
     becomes of each tensor of the source. fused: the tensors that hold several experts, or None.
     """
 
-    def __init__(self, fmt: Format, subject: Subject, plan: Plan, cache: Mapping[str, Tensor]) -> None:
-        """cache: tensors about keys and values, written as they are."""
+    def __init__(self, fmt: Format, subject: Subject, plan: Plan, more: Mapping[str, Tensor]) -> None:
+        """more: tensors that neither a layer nor the source has, written as they are."""
         self.format, self.subject, self.plan = fmt, subject, plan
         self.account = Account()
         self.fused: FusedTensors | None = None
         self._of_layer: dict[str, list[str]] = {}  # layer -> its tensors, also those that lie in fused ones
-        scales = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in cache.items()}
+        scales = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in more.items()}
         self.infos = {**self._infos(), **scales}
 
     def _infos(self) -> dict[str, TensorInfo]:

@@ -235,6 +235,10 @@ class ExpertStore(View):
                 infos[member] = _piece_info(pieces[member], info)
         self.infos = infos
 
+    def over(self, raw: TensorStore) -> ExpertStore:
+        """The same view of another store."""
+        return ExpertStore(raw, self.pieces, self._whole)
+
     def get(self, name: str) -> Tensor:
         """The tensor called `name`; also a whole fused one."""
         if name not in self.pieces:

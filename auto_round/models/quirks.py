@@ -69,3 +69,29 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgp
 SIDE_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken", ".vocab", ".bpe", ".spm")
 NEVER_COPIED = ("config.json", "quantization_config.json", "quantize_config.json", "quant_config.json")
 """What travels along with a checkpoint: files of `SIDE_SUFFIXES`, except indexes and those named here."""
+
+PLAIN_STREAMS = frozenset(
+    """
+    arcee cwm ernie4_5 granite granite_swa helium internlm3 iquestcoder llama ministral ministral3 mistral qwen2
+    qwen3 seed_oss smollm3
+    """.split()  # noqa: SIM905 - a list of so many words is read as one
+)
+"""Architectures (`model_type`) whose weights can take up a rotation of the hidden states: `models.turning` names what
+reads and writes them, with norms that divide by the root mean square and multiply. Found by running all decoders
+(benchmarks/rotations.py)."""
+
+PLAIN_VALUES = frozenset(
+    """
+    apertus arcee cohere cohere2 cohere2_moe cohere_compass_text cwm diffllama dots1 ernie4_5 ernie4_5_moe exaone4
+    exaone_moe falcon_h1 flex_olmo flint gemma gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text glm
+    glm4 glm4_moe gpt_oss granite granite_swa granitemoe_swa helium hunyuan_v1_dense hunyuan_v1_moe hy_v3
+    hyperclovax internlm3 iquestcoder jais2 kolibri1 laguna lfm3 llama llama4_text mellum mimo_v2_flash minimax
+    minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral nanochat nemotron nemotron_h olmo olmo2 olmo3
+    olmoe phimoe qwen2 qwen2_moe qwen3 qwen3_moe recurrent_gemma seed_oss smollm3 solar_open stablelm starcoder2
+    vaultgemma zamba zamba2
+    """.split()  # noqa: SIM905 - a list of so many words is read as one
+)
+"""Architectures whose values go from v_proj to o_proj by weighted sums alone. Found by running them, too."""
+
+NORMS_AFTER_POSITIONS = ("query_layernorm", "key_layernorm")
+"""Children of attention modules that scale queries and keys, channel by channel, when positions are in them."""

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from auto_round.core.errors import ModelError
+from auto_round.core.hadamard import Rotation
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.models import load
@@ -19,6 +20,7 @@ from auto_round.models.checkpoint import StateDict, names_match
 from auto_round.models.experts import SavedNames, live_store, split_store
 from auto_round.models.load import ModelFiles
 from auto_round.models.skeleton import Located, check_missing, locate
+from auto_round.models.turning import Change, turned_store
 
 logger = logging.getLogger("auto_round")
 
@@ -60,6 +62,17 @@ class Subject:
             raise ModelError(f"{tensor}: not found in the checkpoint, so its tuned values cannot be written")
         return found[tensor]
 
+    def turned(self, turns: Mapping[str, Rotation]) -> Subject:
+        """With the weights of the layers in `turns` as they are once their inputs are turned."""
+        changes: dict[str, list[Change]] = {}
+        for name, rotation in turns.items():
+            across = self.anatomy.layers[name].transposed
+            changes[self.names[self.anatomy.layers[name].tensor]] = [rotation.down if across else rotation]
+        told = repr({name: (turn.size, turn.signs is None) for name, turn in turns.items()})
+        store = turned_store(self.files.store, changes, told)
+        located = self.located and replace(self.located, store=store)
+        return replace(self, files=replace(self.files, store=store), located=located)
+
     def unties(self, layer: str) -> bool:
         """Whether quantizing `layer` cuts its tie to the embedding, whose tensor then stays."""
         return layer == self.anatomy.head and self.anatomy.tied
@@ -70,7 +83,8 @@ class Origin:
     """Where a model comes from: a folder, or a live model when there is none.
 
     load_live: called only when the weights of the folder are not safetensors, or have names nobody knows.
-    opener: how the files of a folder of safetensors are opened.
+    opener: how the files of a folder of safetensors are opened. fuse: what is done to weights, and to the tree, before
+    anything else looks at them.
     """
 
     folder: Path | None
@@ -80,6 +94,7 @@ class Origin:
     trust_remote_code: bool = False
     dtype: str = "auto"
     opener: Callable[[Path], ModelFiles] = load.open_folder
+    fuse: Callable[[ModelFiles, nn.Module], ModelFiles] = lambda files, tree: files
 
     def opened(self) -> tuple[ModelFiles, nn.Module]:
         """Its files and its module tree, which has no weights where the folder is of safetensors."""
@@ -117,6 +132,7 @@ IN_BLOCKS = Candidates()
 def open_subject(origin: Origin, candidates: Candidates = IN_BLOCKS) -> Subject:
     """Find layers and files of a model. Raises ModelError for a tensor that is missing or of another shape."""
     files, tree = origin.opened()
+    files = origin.fuse(files, tree)
     body = anatomy(tree).narrowed(candidates.blocks)
     if candidates.embedding:
         body = body.with_embedding(tree)

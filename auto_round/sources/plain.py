@@ -20,6 +20,7 @@ from auto_round.codecs.base import codec_of
 from auto_round.core.errors import FormatError, ModelError
 from auto_round.core.minifloat import e8m0_value
 from auto_round.core.quantized import Quantized
+from auto_round.core.rotation import read_rotations
 from auto_round.core.scheme import TensorSpec
 from auto_round.formats.base import Format, planned_tensors
 from auto_round.formats.reading import described
@@ -116,6 +117,12 @@ def open_folder(folder: Path, store: TensorStore | None = None) -> ModelFiles:
     settings = files.config.get("quantization_config") or files.config.get("quantization")
     if settings is None:
         return files
+    turned = read_rotations(settings)
+    if turned is not None and turned.online:
+        raise ModelError(
+            f"{folder}: it is quantized already, and turns inputs at run time ({', '.join(turned.online)}), so that "
+            "its weights alone are no model: give the original"
+        )
     derived, hidden = _derived(files.store, files.config)
     if not derived:
         raise ModelError(

@@ -18,6 +18,7 @@ from auto_round.core.errors import DataError, ModelError, PlanError
 from auto_round.core.hadamard import Rotation
 from auto_round.core.plan import Plan
 from auto_round.core.rotation import (
+    EXPERTS,
     MLP_OUTPUTS,
     READERS,
     SpinQuantConfig,
@@ -200,9 +201,11 @@ class Material:
         layers, tree = upright.anatomy.layers, upright.tree if self.model is None else self.model
         assert tree is not None, "models with rotations have a module tree"
         hidden = getattr(tree.config.get_text_config(), "hidden_size", 0)  # type: ignore[union-attr, operator]
-        wanted = [
-            (n, plan.shapes[n][1]) for n in plan.quantized() if layers[n].block and layers[n].piece is None
-        ]
+        wanted = [(name, plan.shapes[name][1]) for name in plan.quantized() if layers[name].block]
+        if experts := [name for name, _ in wanted if EXPERTS in name]:
+            logger.warning(
+                "rotations: the inputs of %d layers such as %s stay as they are", len(experts), experts[0]
+            )
         before = self.turns
         found = turned_layers(self.rotations, wanted, hidden, self.options.seed)
         self.turns = {name: (place, rotation) for name, place, rotation in found}

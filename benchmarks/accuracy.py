@@ -34,6 +34,21 @@ RECIPES = {
     "short": ["--iters", "50"],
     "turned": ["--iters", "200", "--rotation_type", "hadamard"],
     "turned_rtn": ["--iters", "0", "--enable_opt_rtn", "--rotation_type", "hadamard"],
+    "quarot_rtn": ["--iters", "0", "--enable_opt_rtn", "--rotation_config", "quarot"],
+    "quarot_r4_rtn": [
+        "--iters",
+        "0",
+        "--enable_opt_rtn",
+        "--rotation_config",
+        '{"r1": true, "r2": true, "r4": true}',
+    ],
+    "fused_rtn": [
+        "--iters",
+        "0",
+        "--enable_opt_rtn",
+        "--rotation_config",
+        '{"r1": true, "r2": true, "online_r1_rotation": false}',
+    ],
 }
 
 

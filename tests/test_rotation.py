@@ -126,6 +126,20 @@ def test_inputs_can_be_turned_in_any_architecture(name, tmp_path):
     assert turns and torch.allclose(logits(model), reference, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "gpt-oss", "deepseek-v3"])
+def test_experts_keep_their_inputs_and_are_loaded_so(name, tmp_path, caplog):
+    reference = logits(tiny(name, tmp_path / "model"))
+    job = AutoRound(tmp_path / "model", rotation_config="default", **RTN)
+    job.quantize_and_save(tmp_path / "out")
+    assert "stay as they are" in caplog.text and not any(".experts." in layer for layer in job.material.turns)
+    assert (logits(loaded(tmp_path / "out")) - reference).norm() < 0.1 * reference.norm()
+    for file in ("config.json", "quantization_config.json"):
+        text = (tmp_path / "out" / file).read_text()
+        (tmp_path / "out" / file).write_text(text.replace(__version__, "0.16.1"))
+    with pytest.raises(FormatError, match="experts"):
+        loaded(tmp_path / "out")
+
+
 @pytest.mark.parametrize("wish", [EVERYWHERE, FUSED, "default"], ids=["everywhere", "fused", "default"])
 def test_a_live_model_is_rotated_once(wish):
     model = tiny("qwen3-tied")

@@ -24,6 +24,8 @@ READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 MLP_OUTPUTS = ("down_proj",)
 """Layers whose inputs R4 turns."""
 DETERMINISTIC, RANDOM = 0, 1
+EXPERTS = ".experts."
+"""Part of the names of layers whose inputs stay as they are: experts lie in one tensor and are run as one module."""
 SMALLEST = 4
 """Channels that a rotation must at least mix to be worth anything."""
 
@@ -289,9 +291,17 @@ def read_rotations(config: Mapping[str, Any]) -> Rotations | None:
                 found = rotations_of({name: value for name, value in said.items() if name in known})
             except PlanError as error:
                 raise FormatError(f"{key} of the checkpoint: {error}") from error
-            earlier = str(config.get("autoround_version", "")).startswith("0.")
-            return replace(found, whole=True) if earlier and isinstance(found, SpinQuantConfig) else found
+            return (
+                replace(found, whole=True)
+                if is_earlier(config) and isinstance(found, SpinQuantConfig)
+                else found
+            )
     return None
+
+
+def is_earlier(config: Mapping[str, Any]) -> bool:
+    """Whether auto-round before 1.0, which is another program, has written that quantization configuration."""
+    return str(config.get("autoround_version", "")).startswith("0.")
 
 
 def turned_layers(
@@ -300,6 +310,8 @@ def turned_layers(
     """(layer, place, rotation) of those layers, given with their columns, whose inputs are turned at run time."""
     made: dict[tuple[str, int], Rotation] = {}  # a random one of many channels takes megabytes
     for name, columns in shapes:
+        if EXPERTS in name:
+            continue
         found = wish.of_layer(name, columns, hidden, seed)
         if found is not None:
             place, rotation = found

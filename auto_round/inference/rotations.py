@@ -12,9 +12,11 @@ from auto_round.backends.base import Kernel
 from auto_round.core.errors import FormatError
 from auto_round.core.hadamard import power_of_two
 from auto_round.core.rotation import (
+    EXPERTS,
     Rotations,
     SpinQuantConfig,
     head_dim,
+    is_earlier,
     read_rotations,
     restored,
     stored,
@@ -35,6 +37,12 @@ def make_room(model: nn.Module, config: Mapping[str, Any]) -> None:
     if wish is None:
         return
     kernels = {name: module for name, module in model.named_modules() if isinstance(module, Kernel)}
+    experts = [name for name in kernels if EXPERTS in name]
+    if experts and is_earlier(config):
+        raise FormatError(
+            f"{experts[0]}: auto-round before 1.0 turns the inputs of experts too, which is not read here. Quantize "
+            "the original again"
+        )
     orders = set()
     for name, place, rotation in _planned(model, wish, kernels):
         if rotation.signs is None and power_of_two(rotation.size) != rotation.size:

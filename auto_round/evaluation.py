@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from auto_round.api import AutoRound
 from auto_round.core.errors import DataError, ModelError, PlanError, nearest
 from auto_round.core.settings import settings as settings_of_environment
+from auto_round.core.settings import show_cuda_devices
 from auto_round.models import load
 from auto_round.models.device import parse_devices
 
@@ -230,7 +230,7 @@ class _Subject:
         chosen = [part for part in str(settings.device_map or "").split(",") if part.strip().isdigit()]
         seen = settings_of_environment().cuda_devices or chosen
         if seen:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seen)  # where vLLM and its workers look
+            show_cuda_devices(seen)
             arguments.setdefault("tensor_parallel_size", len(seen))
         place = load.resolve(self._given, platform=settings.platform)
         return VLLM(

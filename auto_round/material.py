@@ -10,22 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from auto_round.core.errors import DataError, ModelError, PlanError
-from auto_round.core.hadamard import Rotation
 from auto_round.core.plan import Plan
-from auto_round.core.rotation import (
-    EXPERTS,
-    MLP_OUTPUTS,
-    READERS,
-    SpinQuantConfig,
-    head_dim,
-    rotations_of,
-    turned_layers,
-)
 from auto_round.core.scheme import Scheme
 from auto_round.core.selection import parse_layer_config
 from auto_round.jobs.planner import rounded
@@ -40,10 +28,10 @@ from auto_round.models.shards import parse_size
 from auto_round.models.skeleton import Skeleton, filled
 from auto_round.models.stored import lacking, streamed_subject
 from auto_round.models.subject import Candidates, Origin, Subject, check_streamed, open_subject
-from auto_round.models.turning import fused, turn_inputs, turn_keys
 from auto_round.options import Options
 from auto_round.planning import weights_alone
 from auto_round.recipes import recipe_named
+from auto_round.rotating import Rotator
 from auto_round.sources import plain
 from auto_round.sources.base import Needs
 from auto_round.sources.dataset import Calibration, Request, load_calibration
@@ -72,12 +60,7 @@ class Material:
         self._calibration: Calibration | None = None
         self._cache_ranges: Mapping[str, tuple[Tensor, Tensor]] | None = None
         self._shards: HubShards | None = None
-        self.rotations = rotations_of(options.rotation_config)
-        self.turns: dict[str, tuple[str, Rotation]] = {}
-        """Layer -> place and rotation of its inputs, which are turned at run time."""
-        self._hooks: list[RemovableHandle] = []
-        self._upright: Subject | None = None  # before inputs were turned
-        self._fused = False  # whether a live model has taken up what weights can
+        self.rotator, self._opening = Rotator(options), False
         self.author_bytes = 0  # predicted peak of this process while the model wrote its own calibration text
         if isinstance(model, nn.Module):
             self.model: nn.Module | None = model.eval()  # dropout would give the float output noise to match
@@ -122,11 +105,8 @@ class Material:
     @whole.setter
     def whole(self, wanted: bool) -> None:
         if wanted is not self._whole:
-            self._whole, self._subject, self._upright = (
-                wanted,
-                None,
-                None,
-            )  # other layers: read the anatomy anew
+            self._whole, self._subject = wanted, None  # other layers: read the anatomy anew
+            self.rotator.forget()
 
     def subject(self) -> Subject:
         """The model as files and layers."""
@@ -176,7 +156,7 @@ class Material:
             trust_remote_code=options.trust_remote_code,
             dtype=options.model_dtype or "auto",
             opener=plain.open_folder,
-            fuse=self._fuse,
+            fuse=self.rotator.fuse,
         )
         candidates = Candidates(
             blocks=options.to_quant_block_names,
@@ -184,50 +164,15 @@ class Material:
             head=options.quant_lm_head,
             embedding=self._whole or self._embedding_named(),
         )
-        return open_subject(origin, candidates)
-
-    def _fuse(self, files: load.ModelFiles, tree: nn.Module) -> load.ModelFiles:
-        """The rotations that weights take up; a live model does so once."""
-        if self.rotations is None or (self._fused and files.folder is None):
-            return files
-        self._fused = True
-        return fused(files, tree, self.rotations, self.options.seed)
+        self._opening = True
+        try:
+            return open_subject(origin, candidates)
+        finally:
+            self._opening = False
 
     def turn(self, plan: Plan) -> None:
         """From now on, turn the inputs of the layers of `plan` that rotations ask for."""
-        if self.rotations is None or not self.rotations.online:
-            return
-        upright = self._upright = self._upright or self.subject()
-        layers, tree = upright.anatomy.layers, upright.tree if self.model is None else self.model
-        assert tree is not None, "models with rotations have a module tree"
-        hidden = getattr(tree.config.get_text_config(), "hidden_size", 0)  # type: ignore[union-attr, operator]
-        wanted = [(name, plan.shapes[name][1]) for name in plan.quantized() if layers[name].block]
-        if experts := [name for name, _ in wanted if EXPERTS in name]:
-            logger.warning(
-                "rotations: the inputs of %d layers such as %s stay as they are", len(experts), experts[0]
-            )
-        before = self.turns
-        found = turned_layers(self.rotations, wanted, hidden, self.options.seed)
-        self.turns = {name: (place, rotation) for name, place, rotation in found}
-        turns = {name: rotation for name, (_, rotation) in self.turns.items()}
-        if not self.turns and set(self.rotations.online) != {"r3"}:
-            raise PlanError(
-                f"rotation_config: none of the layers to quantize is one that {' and '.join(self.rotations.online)} "
-                f"would turn the inputs of ({', '.join((*READERS, *MLP_OUTPUTS))}); 'default' turns those of all layers"
-            )
-        for handle in self._hooks:
-            handle.remove()
-        self._hooks = turn_inputs(tree, self.turns)
-        if isinstance(self.rotations, SpinQuantConfig) and self.rotations.r3:
-            turn_keys(tree, self.rotations, head_dim(upright.files.config), self.options.seed)
-        if self.folder is not None:
-            self._subject = upright.turned(turns)
-            return
-        with torch.no_grad():  # a live model holds its weights itself
-            for name in {*before, *turns} - (before.keys() & turns.keys()):
-                weight = layers[name].matrix(tree.get_parameter(layers[name].parameter))
-                back = name in before
-                weight.copy_(before[name][1].back(weight) if back else turns[name](weight))
+        self._subject = self.rotator.turn(self.subject(), plan, self.model)
 
     def _embedding_named(self) -> bool:
         """Whether `layer_config` has the full name of a table of embeddings, which then counts as a layer."""
@@ -236,7 +181,7 @@ class Material:
 
     def _streams(self) -> bool:
         """Whether weights are all that this job will look at, whatever data there is."""
-        return self.model is None and self.rotations is None and weights_alone(self.options, self.base)
+        return self.model is None and self.rotator.wish is None and weights_alone(self.options, self.base)
 
     def _is_packed(self) -> bool:
         """Whether the model's own weights are packed: transformers would not load them as plain ones."""
@@ -254,8 +199,8 @@ class Material:
 
     def _loaded(self) -> nn.Module:
         folder = self._here()
-        if self.rotations is not None:
-            if self._subject is None:  # asked for in order to know it
+        if self.rotator.wish is not None:
+            if self._opening:  # it is asked for in order to know the subject
                 raise PlanError(
                     f"rotation_config: {folder} names its tensors otherwise than transformers' model does, so that "
                     "they cannot be turned as they are read. Give the loaded model instead of the folder"

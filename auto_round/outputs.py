@@ -126,7 +126,7 @@ def _importance(material: Material, plan: Plan) -> dict[str, object]:
 
 def _told(material: Material) -> dict[str, object]:
     """What a configuration says of rotations that readers have to carry out."""
-    wish = material.rotations
+    wish = material.rotator.wish
     return wish.described(material.subject().files.config) if wish is not None and wish.online else {}
 
 
@@ -134,7 +134,7 @@ def _rotations(material: Material) -> dict[str, torch.Tensor]:
     """The tensors that tell the rotation of each layer's inputs."""
     return {
         f"{material.subject().stored_name(name)}.{suffix}": tensor
-        for name, (place, rotation) in material.turns.items()
+        for name, (place, rotation) in material.rotator.turns.items()
         for suffix, tensor in stored(place, rotation).items()
     }
 

@@ -19,6 +19,7 @@ ORDER = [
     "recipes",
     "options",
     "planning",
+    "rotating",
     "assembly",
     "material",
     "outputs",

@@ -103,7 +103,7 @@ def turned(model, wish, **options):
     """The float model of a job with rotations, and the layers whose inputs it turns."""
     job = AutoRound(model, rotation_config=wish, **{**RTN, **options})
     job.make_plan(parse_formats("auto_round"))
-    return job.material.live_model(), job.material.turns
+    return job.material.live_model(), job.material.rotator.turns
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3-tied", "mistral"])
@@ -131,7 +131,9 @@ def test_experts_keep_their_inputs_and_are_loaded_so(name, tmp_path, caplog):
     reference = logits(tiny(name, tmp_path / "model"))
     job = AutoRound(tmp_path / "model", rotation_config="default", **RTN)
     job.quantize_and_save(tmp_path / "out")
-    assert "stay as they are" in caplog.text and not any(".experts." in layer for layer in job.material.turns)
+    assert "stay as they are" in caplog.text and not any(
+        ".experts." in layer for layer in job.material.rotator.turns
+    )
     assert (logits(loaded(tmp_path / "out")) - reference).norm() < 0.1 * reference.norm()
     for file in ("config.json", "quantization_config.json"):
         text = (tmp_path / "out" / file).read_text()
@@ -147,6 +149,17 @@ def test_a_live_model_is_rotated_once(wish):
     job = AutoRound(model, rotation_config=wish, dataset=samples(4), nsamples=4, seqlen=32, **RTN)
     quantized, _ = job.quantize()
     assert quantized is model and (logits(model) - reference).norm() < 0.03 * reference.norm()
+
+
+def test_a_folder_quantized_in_memory_is_turned_like_one_that_is_saved(tmp_path):
+    reference = logits(tiny("llama", tmp_path / "model"))
+    job = AutoRound(tmp_path / "model", rotation_config=EVERYWHERE, format="auto_round", **RTN)
+    model, _ = job.quantize()  # the model is loaded before its layers are known
+    assert (logits(model) - reference).norm() < 0.03 * reference.norm()
+    job.save_quantized(tmp_path / "one")
+    AutoRound(tmp_path / "model", rotation_config=EVERYWHERE, **RTN).quantize_and_save(tmp_path / "two")
+    one, two = (load_file(tmp_path / part / "model.safetensors") for part in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_another_job_in_the_same_process_is_not_rotated(tmp_path):
@@ -445,7 +458,11 @@ def test_every_spelling_means_the_same():
 def test_an_algorithm_or_a_scheme_may_ask_for_it(options, tmp_path):
     tiny("llama", tmp_path)
     job = AutoRound(tmp_path, **options)
-    assert job.material.rotations == SpinQuantConfig() and job.options.algorithm in ("rtn", None, "opt_rtn")
+    assert job.material.rotator.wish == SpinQuantConfig() and job.options.algorithm in (
+        "rtn",
+        None,
+        "opt_rtn",
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The only reader of environment variables. Each setting is typed, has a default and one line of explanation."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,11 @@ def settings() -> Settings:
         triton_interpret=os.environ.get("TRITON_INTERPRET", "0") == "1",
         cuda_devices=tuple(part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part),
     )
+
+
+def show_cuda_devices(names: Iterable[str]) -> None:
+    """Let this process and its children see only these cards: libraries that start workers look nowhere else."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names)
 
 
 def _level(name: str, default: str) -> str:

@@ -1,0 +1,101 @@
+"""The rotations of one job: what weights take up when the model is opened, and inputs that are turned from then on."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from auto_round.core.errors import PlanError
+from auto_round.core.hadamard import Rotation
+from auto_round.core.plan import Plan
+from auto_round.core.rotation import (
+    EXPERTS,
+    MLP_OUTPUTS,
+    READERS,
+    SpinQuantConfig,
+    head_dim,
+    rotations_of,
+    turned_layers,
+)
+from auto_round.models.load import ModelFiles
+from auto_round.models.subject import Subject
+from auto_round.models.turning import fused, turn_inputs, turn_keys
+from auto_round.options import Options
+
+logger = logging.getLogger("auto_round")
+
+
+class Rotator:
+    """Rotations as `rotation_config` has them. turns: layer -> place and rotation of its inputs, as soon as known."""
+
+    def __init__(self, options: Options) -> None:
+        self.wish, self._seed = rotations_of(options.rotation_config), options.seed
+        self.turns: dict[str, tuple[str, Rotation]] = {}
+        self._hooks: list[RemovableHandle] = []
+        self._upright: Subject | None = None
+        self._fused = False
+
+    def forget(self) -> None:
+        """The model is to be looked at anew."""
+        self._upright = None
+
+    def fuse(self, files: ModelFiles, tree: nn.Module) -> ModelFiles:
+        """`files` and `tree` with what weights take up; a live model takes it up once."""
+        if self.wish is None or (self._fused and files.folder is None):
+            return files
+        self._fused = True
+        return fused(files, tree, self.wish, self._seed)
+
+    def turn(self, subject: Subject, plan: Plan, live: nn.Module | None) -> Subject:
+        """`subject` with the inputs of the layers of `plan` turned that rotations ask for, and `live` as well.
+
+        Raises PlanError when there is no such layer.
+        """
+        if self.wish is None or not self.wish.online:
+            return subject
+        upright = self._upright = self._upright or subject
+        tree = upright.tree if live is None else live
+        assert tree is not None, "models with rotations have a module tree"
+        before, self.turns = self.turns, self._turns_of(plan, upright, tree)
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks = turn_inputs(tree, self.turns)
+        if isinstance(self.wish, SpinQuantConfig) and self.wish.r3:
+            turn_keys(tree, self.wish, head_dim(upright.files.config), self._seed)
+        if live is not None:
+            self._turn_weights(live, upright, before)
+        if upright.files.folder is None:
+            return upright
+        return upright.turned({name: rotation for name, (_, rotation) in self.turns.items()})
+
+    def _turns_of(self, plan: Plan, upright: Subject, tree: nn.Module) -> dict[str, tuple[str, Rotation]]:
+        assert self.wish is not None, "there are rotations"
+        layers = upright.anatomy.layers
+        wanted = [(name, plan.shapes[name][1]) for name in plan.quantized() if layers[name].block]
+        if experts := [name for name, _ in wanted if EXPERTS in name]:
+            logger.warning(
+                "rotations: the inputs of %d layers such as %s stay as they are", len(experts), experts[0]
+            )
+        hidden = getattr(tree.config.get_text_config(), "hidden_size", 0)  # type: ignore[union-attr, operator]
+        found = turned_layers(self.wish, wanted, hidden, self._seed)
+        turns = {name: (place, rotation) for name, place, rotation in found}
+        if not turns and set(self.wish.online) != {"r3"}:
+            raise PlanError(
+                f"rotation_config: none of the layers to quantize is one that {' and '.join(self.wish.online)} would "
+                f"turn the inputs of ({', '.join((*READERS, *MLP_OUTPUTS))}); 'default' turns those of all layers"
+            )
+        return turns
+
+    @torch.no_grad()
+    def _turn_weights(
+        self, live: nn.Module, upright: Subject, before: dict[str, tuple[str, Rotation]]
+    ) -> None:
+        """A live model holds its weights itself: those of layers turned anew, or no more."""
+        for name in {*before, *self.turns} - (before.keys() & self.turns.keys()):
+            layer = upright.anatomy.layers[name]
+            weight = layer.matrix(live.get_parameter(layer.parameter))
+            values = weight.float()
+            weight.copy_(before[name][1].back(values) if name in before else self.turns[name][1](values))

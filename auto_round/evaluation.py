@@ -226,22 +226,23 @@ class _Subject:
         from lm_eval.models.vllm_causallms import VLLM
 
         settings = self._settings
-        arguments = dict(settings.vllm_args)
         chosen = [part for part in str(settings.device_map or "").split(",") if part.strip().isdigit()]
         seen = settings_of_environment().cuda_devices or chosen
+        own: dict[str, Any] = {
+            "dtype": str(_dtype(settings.dtype)).removeprefix("torch."),
+            "trust_remote_code": settings.trust_remote_code,
+            "add_bos_token": settings.add_bos_token,
+            "batch_size": self.batch_size or "auto",
+            "seed": settings.seed,
+        }
         if seen:
             show_cuda_devices(seen)
-            arguments.setdefault("tensor_parallel_size", len(seen))
+            own["tensor_parallel_size"] = len(seen)
         place = load.resolve(self._given, platform=settings.platform)
-        return VLLM(
-            pretrained=str(place),
-            dtype=str(_dtype(settings.dtype)).removeprefix("torch."),
-            trust_remote_code=settings.trust_remote_code,
-            add_bos_token=settings.add_bos_token,
-            batch_size=self.batch_size or "auto",
-            seed=settings.seed,
-            **arguments,
-        )
+        try:
+            return VLLM(pretrained=str(place), **{**own, **settings.vllm_args})
+        except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
+            raise ModelError(f"{place}: vLLM cannot load this model: {error}") from error
 
 
 def _dtype(said: str) -> Any:

@@ -183,6 +183,8 @@ def asked(monkeypatch):
          {"tasks": ("mmlu",)}),
         (["--model", "./m", "--bits", "4", "--tasks", "mmlu", "--eval_backend", "vllm"], "./out",
          {"tasks": ("mmlu",), "backend": "vllm"}),
+        (["./m", "--eval", "--eval_backend", "vllm", "--vllm_args", "--seed=3,--dtype half"], "./m",
+         {"backend": "vllm", "vllm_args": {"seed": 3, "dtype": "half"}}),
         (["./m", "--eval"], "./m", {}),
         (["./m", "--tasks", "--bits", "4"], "./out", {}),
         (["./m", "--task"], "./out", {}),

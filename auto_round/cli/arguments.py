@@ -465,6 +465,8 @@ def normalized(argv: Sequence[str]) -> list[str]:
     words = [flag(word) if word.startswith("--") else word for word in argv]
     if "--eval" in words:
         words = ["eval", *(word for word in words if word != "--eval")]
+    for i in reversed([i for i, word in enumerate(words[:-1]) if word == "--vllm-args"]):
+        words[i : i + 2] = [f"{words[i]}={words[i + 1]}"]  # its value may start with dashes
     bare = [i for i, word in enumerate(words) if word in ("--tasks", "--task")]
     for i in reversed(bare):
         if i + 1 == len(words) or words[i + 1].startswith("--"):

@@ -151,7 +151,7 @@ def test_a_wrong_setting_of_a_scheme_says_what_was_given(flat, words):
         Scheme.from_flat(flat)
 
 
-@pytest.mark.parametrize("name", ["super_bits", "super_group_size", "rotation_config"])
+@pytest.mark.parametrize("name", ["super_bits", "super_group_size"])
 def test_settings_of_later_work_are_told_from_unknown_ones(name):
     assert name in FLAT_NAMES
     with pytest.raises(NotYetError, match=f"{name}=8"):

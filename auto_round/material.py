@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from auto_round.core.errors import DataError, ModelError, PlanError
+from auto_round.core.errors import DataError, ModelError
 from auto_round.core.plan import Plan
 from auto_round.core.scheme import Scheme
 from auto_round.core.selection import parse_layer_config
@@ -60,7 +60,7 @@ class Material:
         self._calibration: Calibration | None = None
         self._cache_ranges: Mapping[str, tuple[Tensor, Tensor]] | None = None
         self._shards: HubShards | None = None
-        self.rotator, self._opening = Rotator(options), False
+        self.rotator = Rotator(options)
         self.author_bytes = 0  # predicted peak of this process while the model wrote its own calibration text
         if isinstance(model, nn.Module):
             self.model: nn.Module | None = model.eval()  # dropout would give the float output noise to match
@@ -151,7 +151,7 @@ class Material:
         origin = Origin(
             folder=None if self.folder is None else self._here(),
             model=self.model,
-            load_live=self.live_model,
+            load_live=self.live_model if self.rotator.wish is None else self.rotator.refuse,
             tokenizer=self._tokenizer,
             trust_remote_code=options.trust_remote_code,
             dtype=options.model_dtype or "auto",
@@ -164,11 +164,7 @@ class Material:
             head=options.quant_lm_head,
             embedding=self._whole or self._embedding_named(),
         )
-        self._opening = True
-        try:
-            return open_subject(origin, candidates)
-        finally:
-            self._opening = False
+        return open_subject(origin, candidates)
 
     def turn(self, plan: Plan) -> None:
         """From now on, turn the inputs of the layers of `plan` that rotations ask for."""
@@ -200,11 +196,6 @@ class Material:
     def _loaded(self) -> nn.Module:
         folder = self._here()
         if self.rotator.wish is not None:
-            if self._opening:  # it is asked for in order to know the subject
-                raise PlanError(
-                    f"rotation_config: {folder} names its tensors otherwise than transformers' model does, so that "
-                    "they cannot be turned as they are read. Give the loaded model instead of the folder"
-                )
             return self._as_read(self.subject())
         if self._is_packed():
             return self._as_read(self._of_tree())

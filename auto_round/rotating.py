@@ -20,9 +20,10 @@ from auto_round.core.rotation import (
     rotations_of,
     turned_layers,
 )
+from auto_round.models.absorbing import fused
 from auto_round.models.load import ModelFiles
 from auto_round.models.subject import Subject
-from auto_round.models.turning import fused, turn_inputs, turn_keys
+from auto_round.models.turning import turn_inputs, turn_keys
 from auto_round.options import Options
 
 logger = logging.getLogger("auto_round")
@@ -42,12 +43,22 @@ class Rotator:
         """The model is to be looked at anew."""
         self._upright = None
 
+    def refuse(self) -> nn.Module:
+        """Raise PlanError: a model was to be loaded by transformers because its tensors cannot be read by name."""
+        raise PlanError(
+            f"rotation_config={self.wish}: the tensors of this folder cannot be read one by one under the names that "
+            "transformers' model has. Give the loaded model instead of the folder"
+        )
+
     def fuse(self, files: ModelFiles, tree: nn.Module) -> ModelFiles:
         """`files` and `tree` with what weights take up; a live model takes it up once."""
-        if self.wish is None or (self._fused and files.folder is None):
+        wish = self.wish
+        if not isinstance(wish, SpinQuantConfig) or not (wish.fused_stream or wish.r2):
+            return files
+        if self._fused and files.folder is None:
             return files
         self._fused = True
-        return fused(files, tree, self.wish, self._seed)
+        return fused(files, tree, wish, self._seed)
 
     def turn(self, subject: Subject, plan: Plan, live: nn.Module | None) -> Subject:
         """`subject` with the inputs of the layers of `plan` turned that rotations ask for, and `live` as well.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 
 import torch
 from torch import nn
@@ -58,6 +59,10 @@ class Rotator:
         if self._fused and files.folder is None:
             return files
         self._fused = True
+        logger.info(
+            "rotations: weights take up %s",
+            " and ".join(place for place, used in (("R1", wish.fused_stream), ("R2", wish.r2)) if used),
+        )
         return fused(files, tree, wish, self._seed)
 
     def turn(self, subject: Subject, plan: Plan, live: nn.Module | None) -> Subject:
@@ -71,6 +76,10 @@ class Rotator:
         tree = upright.tree if live is None else live
         assert tree is not None, "models with rotations have a module tree"
         before, self.turns = self.turns, self._turns_of(plan, upright, tree)
+        places = Counter(f"{place} of {rotation.size}" for place, rotation in self.turns.values())
+        if self.turns and self.turns.keys() != before.keys():
+            counts = ", ".join(f"{count} by {place}" for place, count in places.items())
+            logger.info("rotations: the inputs of layers are turned at run time, %s", counts)
         for handle in self._hooks:
             handle.remove()
         self._hooks = turn_inputs(tree, self.turns)

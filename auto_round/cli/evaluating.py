@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -43,6 +44,9 @@ def show_scores(model: str, settings: Evaluation, output: str | None) -> None:
 
     Raises DataError when a task has no score, after the others were shown and written.
     """
+    logging.getLogger("lm_eval").setLevel(
+        logging.ERROR
+    )  # it warns of how it is called, which nobody here can change
     console = Console(stderr=True, soft_wrap=True)
     console.print(f"evaluating {model} on {', '.join(settings.tasks)}", markup=False)
     started = time.perf_counter()

@@ -12,7 +12,7 @@ from auto_round.backends.base import AWQ, GPTQ, GPTQ_PLAIN, Backend, backends, h
 from auto_round.codecs.base import presets
 from auto_round.core.errors import PlanError, nearest
 from auto_round.formats.base import formats
-from auto_round.recipes import ALGORITHMS, BEFOREHAND, RECIPES
+from auto_round.recipes import ALGORITHMS, BEFOREHAND, RECIPES, ROTATING
 
 SHORT = {torch.float32: "FP32", torch.float16: "FP16", torch.bfloat16: "BF16"}
 PACKING_WORDS = {
@@ -127,6 +127,6 @@ def _algorithms() -> Table:
             str(not r.disable_opt_rtn),
         )
     table.caption = (
-        f"algorithms: {', '.join(ALGORITHMS)}; {', '.join(BEFOREHAND)} may come before another one"
+        f"algorithms: {', '.join(ALGORITHMS)}; {', '.join((*BEFOREHAND, *ROTATING))} may come before another one"
     )
     return table

@@ -126,7 +126,5 @@ def _algorithms() -> Table:
             rate,
             str(not r.disable_opt_rtn),
         )
-    table.caption = (
-        f"algorithms: {', '.join(ALGORITHMS)}; {', '.join((*BEFOREHAND, *ROTATING))} may come before another one"
-    )
+    table.caption = f"algorithms: {', '.join(ALGORITHMS)}; {', '.join((*BEFOREHAND, *ROTATING))} may come before another one"
     return table

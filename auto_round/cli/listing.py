@@ -126,5 +126,6 @@ def _algorithms() -> Table:
             rate,
             str(not r.disable_opt_rtn),
         )
-    table.caption = f"algorithms: {', '.join(ALGORITHMS)}; {', '.join((*BEFOREHAND, *ROTATING))} may come before another one"
+    before = ", ".join((*BEFOREHAND, *ROTATING))
+    table.caption = f"algorithms: {', '.join(ALGORITHMS)}; {before} may come before another one"
     return table

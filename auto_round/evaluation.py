@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class Evaluation:
         if self.limit is not None and self.limit <= 0:
             raise PlanError(f"limit {self.limit:g}: give a number of documents, or a share between 0 and 1")
         _dtype(self.dtype)
-        _Tasks(self.tasks)
+        _tasks(self.tasks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ def evaluate(model: str | Path, settings: Evaluation) -> Scores:
     DataError when a task's data cannot be had; task by task, that is noted in `Scores.failed` instead.
     """
     settings.check()
-    tasks = _Tasks(settings.tasks)
+    tasks = _tasks(settings.tasks)
     subject = _Subject(model, settings)
     rounds = [[name] for name in tasks.names] if settings.task_by_task else [tasks.names]
     found: list[dict[str, Any]] = []
@@ -139,6 +140,12 @@ class _Tasks:
 
     def _unknown(self) -> list[str]:
         return [name for name in self.names if name not in self.index.task_index]
+
+
+@cache
+def _tasks(wanted: tuple[str, ...]) -> _Tasks:
+    # Looking through all of lm-eval's takes a quarter of a minute, and a job asks before and after it quantizes.
+    return _Tasks(wanted)
 
 
 def _name_in(path: Path) -> str:

@@ -154,8 +154,8 @@ class Options:
         for name in NOT_WITH_ROTATIONS:
             if getattr(self, name):
                 raise PlanError(
-                    f"{name}={getattr(self, name)!r} is about the model as it is, and rotation_config turns it: leave "
-                    "one of them out"
+                    f"{name}={getattr(self, name)!r} goes by the model as it is stored, and rotation_config turns it: "
+                    "leave one of them out"
                 )
 
     def check_awq(self) -> None:
@@ -225,7 +225,7 @@ DUO_SCALING = {"true": True, "false": False, "both": None}
 
 NOT_WITH_AWQ = ("imatrix", "save_imatrix", "static_kv_dtype")
 
-NOT_WITH_ROTATIONS = ("imatrix", "save_imatrix", "model_free")
+NOT_WITH_ROTATIONS = ("imatrix", "save_imatrix", "model_free", "distributed")
 
 STARTS = ("gptq", "search", "none")
 

@@ -384,7 +384,9 @@ def test_rotations_that_find_no_layer_are_refused(name, wish, tmp_path):
         turned(tmp_path, wish)
 
 
-@pytest.mark.parametrize("more", [{"imatrix": "x.dat"}, {"model_free": True}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{"imatrix": "x.dat"}, {"model_free": True}, {"distributed": "auto"}], ids=str
+)
 def test_what_is_about_the_model_as_it_is_does_not_go_with_rotations(more, tmp_path):
     tiny("llama", tmp_path)
     with pytest.raises(PlanError, match="rotation_config turns it"):

@@ -215,6 +215,14 @@ def test_a_loaded_checkpoint_turns_as_the_job_did(scheme, wish, tmp_path):
     assert torch.equal(logits(loaded(tmp_path / "again")), logits(found))
 
 
+@pytest.mark.parametrize("wish", ["default", "random_hadamard"])
+def test_a_quantized_head_keeps_its_inputs(wish, tmp_path):
+    reference = logits(tiny("llama", tmp_path / "model"))
+    job = AutoRound(tmp_path / "model", rotation_config=wish, quant_lm_head=True, **RTN)
+    job.quantize_and_save(tmp_path / "out")
+    assert (logits(loaded(tmp_path / "out")) - reference).norm() < 0.03 * reference.norm()
+
+
 @pytest.mark.parametrize(
     "form", ["auto_gptq", "auto_awq", "auto_round:mlx", "gguf:q8_0", "llm_compressor", "fake"]
 )

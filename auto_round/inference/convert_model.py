@@ -54,7 +54,7 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
     setting that cannot be loaded.
     """
     config = _as_dict(model.config.quantization_config)  # type: ignore[union-attr]
-    schemes = _schemes(model, config)
+    schemes, prefixes = _schemes(model, config), _prefixes(model, config)
     fmt = _format_of(config, schemes.values())
     wanted = str(config.get("backend", "auto"))
     choices: dict[str, Choice] = {}
@@ -94,7 +94,7 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         kind = f"{site.kind} run on {choice.backend.name} ({choice.backend.summary})"
         choices[kind] = choice  # one line in the log for layers alike, not one per layer
         counts[kind] += 1
-    make_room(model, config)
+    make_room(model, config, prefixes)
     if not choices:
         raise FormatError(
             f"quantization_config names no layer of {type(model).__name__}; block_name_to_quantize may be wrong"

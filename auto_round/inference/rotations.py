@@ -28,15 +28,21 @@ FACTOR = "spinquant_R4_had_K"
 """Where auto-round before 1.0 keeps the matrix that R4 is made of when its width is no power of two."""
 
 
-def make_room(model: nn.Module, config: Mapping[str, Any]) -> None:
+def make_room(model: nn.Module, config: Mapping[str, Any], prefixes: Iterable[str]) -> None:
     """Give the quantized layers of `model` the buffers that tell their rotations, for transformers to fill.
 
-    config: the quantization configuration.
+    config: the quantization configuration. prefixes: names of the lists of blocks.
     """
     wish = read_rotations(config)
     if wish is None:
         return
-    kernels = {name: module for name, module in model.named_modules() if isinstance(module, Kernel)}
+    # What is outside the blocks, such as a quantized head, has its inputs as they are.
+    inside = tuple(f"{prefix}." for prefix in prefixes)
+    kernels = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Kernel) and name.startswith(inside)
+    }
     experts = [name for name in kernels if EXPERTS in name]
     if experts and is_earlier(config):
         raise FormatError(

@@ -21,7 +21,9 @@ from auto_round.core.errors import DataError, ModelError, PlanError, nearest
 from auto_round.core.settings import settings as settings_of_environment
 from auto_round.core.settings import show_cuda_devices
 from auto_round.models import load
+from auto_round.models.checkpoint import has_safetensors
 from auto_round.models.device import parse_devices
+from auto_round.models.gguf_file import gguf_files
 
 logger = logging.getLogger("auto_round")
 DEFAULT_TASKS = (
@@ -192,7 +194,7 @@ class _Subject:
         devices = parse_devices(settings.device_map).devices
         if self.batch_size is None:
             self.batch_size = 8 if devices[0].type == "cpu" else "auto:8"
-        gguf = place.is_file() or _only_gguf(place)
+        gguf = place.is_file() or (gguf_files(place) and not has_safetensors(place))
         model, tokenizer = self._dequantized(place) if gguf else self._loaded(place, devices)
         if tokenizer is None:
             raise ModelError(
@@ -260,10 +262,6 @@ def _dtype(said: str) -> Any:
     if name != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise PlanError(f"dtype {said!r} of the evaluation: give auto, bfloat16, float16 or float32")
     return "auto" if name == "auto" else found
-
-
-def _only_gguf(folder: Path) -> bool:
-    return any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors"))
 
 
 def _whole(batch_size: Any) -> int:

@@ -85,6 +85,18 @@ def test_what_a_checkpoint_tells_of_a_rotation_is_that_rotation(place, flipped):
     assert torch.equal(again.matrix(), made.matrix())
 
 
+def test_other_signs_make_another_fingerprint(tmp_path):
+    tiny("llama", tmp_path)
+    prints = set()
+    for seed in (1, 2, 2):
+        job = AutoRound(
+            tmp_path, rotation_config=RotationConfig(hadamard_type="random_hadamard", seed=seed), **RTN
+        )
+        job.make_plan(parse_formats("auto_round"))
+        prints.add(job.subject().files.store.fingerprint())
+    assert len(prints) == 2
+
+
 def test_a_default_device_does_not_matter():
     hadamard.cache_clear()
     with torch.device("meta"):

@@ -121,7 +121,9 @@ def build(recipe: str) -> cyclopts.App:
         else:
             from auto_round.cli.evaluating import settings_of, show_scores
 
-            settings = settings_of(evaluating, machine)  # what is wrong with it is said before the work
+            settings = settings_of(
+                evaluating, machine, tuning.seed
+            )  # what is wrong with it is said before the work
             folders = _quantize(recipe, model, output, scheme, tuning, machine)
             show_scores(folders[-1], settings, evaluating.eval_output)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -105,6 +106,10 @@ class Rotation:
     def down(self, x: Tensor) -> Tensor:
         """(n, ...) -> R' x: the same of columns, for what writes the channels that are turned."""
         return self(x.t()).t()
+
+    def told(self) -> str:
+        """What tells it from other rotations, for fingerprints."""
+        return f"{self.size} {'' if self.signs is None else crc32(self.signs.contiguous().numpy().tobytes())}"
 
     def matrix(self) -> Tensor:
         """R, (size, size) float32."""

@@ -148,11 +148,6 @@ class RotationConfig:
             hadamard(self.size)
 
     @property
-    def fused_stream(self) -> bool:
-        """Nothing is taken up by other weights."""
-        return False
-
-    @property
     def online(self) -> tuple[str, ...]:
         """The rotations that a reader has to carry out."""
         return ("the inputs of every layer",)

@@ -68,7 +68,7 @@ class Subject:
         for name, rotation in turns.items():
             across = self.anatomy.layers[name].transposed
             changes[self.names[self.anatomy.layers[name].tensor]] = [rotation.down if across else rotation]
-        told = repr({name: (turn.size, turn.signs is None) for name, turn in turns.items()})
+        told = repr({name: rotation.told() for name, rotation in turns.items()})
         store = turned_store(self.files.store, changes, told)
         located = self.located and replace(self.located, store=store)
         return replace(self, files=replace(self.files, store=store), located=located)

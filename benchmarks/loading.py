@@ -59,7 +59,7 @@ def load(folder, backend):
         while not done.wait(0.002):
             most = max(most, own_memory())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     loaded = []
     took = _seconds(

@@ -7,6 +7,7 @@ import torch
 
 from auto_round.backends.base import AWQ, GPTQ, Site, backends, choose, named
 from auto_round.codecs.base import codec_of
+from auto_round.core import bits as packing
 from auto_round.core.errors import FormatError
 from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import TensorSpec
@@ -280,6 +281,12 @@ def check_tiles(kernels, bits):
     assert tiled.shape == (-(-17 // rows), 2, 4 * rows * bits) and torch.equal(
         untile_codes(tiled, bits, (17, 40)), codes
     )
+    for columns in (32, 96, 64 if bits == 3 else 80):  # a last unit that is not whole, where words allow it
+        for count in (5, 17, 300):
+            noise = torch.Generator().manual_seed(columns)
+            others = torch.randint(0, 1 << bits, (count, columns), generator=noise, dtype=torch.uint8)
+            words = packing.pack(others.t(), bits)
+            assert torch.equal(kernels.tile_words(words, bits), kernels.tile(others, bits))
     for row, column in ((0, 0), (3, 17), (8, 39), (16, 12)):
         unit, (q, k) = tiled[row // rows, column // 32].tolist(), divmod(column % 32, 4)
         at = 4 * (row % rows) + k  # byte within a vector

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from packaging.requirements import Requirement
@@ -21,6 +21,7 @@ from auto_round.core.registry import discover
 from auto_round.core.scheme import TensorSpec
 from auto_round.formats.base import Format, planned_tensors
 
+T = TypeVar("T")
 GPTQ = ("auto_round:auto_gptq", "auto_gptq")  # zero points stored less one: the guide's gptq_zp+-1
 GPTQ_PLAIN = ("auto_round:gptqmodel",)  # the guide's gptq
 AWQ = ("auto_round:auto_awq", "auto_awq")
@@ -138,6 +139,20 @@ class Kernel(nn.Module):
 
     def checked(self) -> Quantized:
         """`quantized`, after loading. Raises FormatError naming the layer for missing or damaged tensors."""
+        q: Quantized = self._checked(self.quantized)
+        self._check_scales(q.params)
+        return q
+
+    def checked_grid(self) -> dict[str, Tensor] | None:
+        """The params of `checked` where codes can be taken from GPTQ's `qweight` as they are, else None."""
+        tensors = {name: self.get_buffer(name) for name in self.packed}
+        params = self._checked(lambda: self.site.format.read_grid(tensors, self.site.spec, self.site.shape))
+        if params is not None:
+            self._check_scales(params)
+        return params
+
+    def _checked(self, read: Callable[[], T]) -> T:
+        """What `read` gives, once every tensor is there and of its type."""
         for name in self.packed:
             tensor, wanted = self.get_buffer(name), self._planned[name]
             if tensor.device.type == "meta":
@@ -149,14 +164,15 @@ class Kernel(nn.Module):
                     "the checkpoint is damaged or of another format"
                 )
         try:
-            q = self.quantized()
+            return read()
         except AutoRoundError as error:
             raise FormatError(f"{self.site.name}: {error}") from error
-        if not all(bool(torch.isfinite(t).all()) for t in q.params.values() if t.is_floating_point()):
+
+    def _check_scales(self, params: Mapping[str, Tensor]) -> None:
+        if not all(bool(torch.isfinite(t).all()) for t in params.values() if t.is_floating_point()):
             raise FormatError(
                 f"{self.site.name}: scales that are NaN or Inf; copy or download the checkpoint again"
             )
-        return q
 
     def replace(self, **tensors: Tensor) -> None:
         """Hold `tensors` in the place of the checkpoint's, which `quantized` must be able to give back."""

@@ -70,6 +70,22 @@ def read_gptq(
     tensors: dict[str, Tensor], spec: TensorSpec, shape: tuple[int, int], *, zero_offset: int
 ) -> Quantized:
     """The inverse of `write_gptq`. Raises FormatError when a tensor's shape does not fit `spec` and `shape`."""
+    zeros = _gptq_zeros(tensors, spec, shape, zero_offset)
+    codes = packing.unpack(tensors["qweight"], spec.bits).t()
+    return _quantized(codes, zeros, tensors["scales"], spec, shape)
+
+
+def read_gptq_grid(
+    tensors: Mapping[str, Tensor], spec: TensorSpec, shape: tuple[int, int], *, zero_offset: int
+) -> dict[str, Tensor]:
+    """The params that `read_gptq` gives, without unpacking codes. Raises FormatError as it does."""
+    return _params(_gptq_zeros(tensors, spec, shape, zero_offset), tensors["scales"], spec)
+
+
+def _gptq_zeros(
+    tensors: Mapping[str, Tensor], spec: TensorSpec, shape: tuple[int, int], zero_offset: int
+) -> Tensor:
+    """Zero points [groups per row, O], once all shapes are right."""
     groups = groups_per_row(shape, spec.group)
     expected = {
         "qweight": (shape[1] * spec.bits // packing.WORD, shape[0]),
@@ -77,10 +93,8 @@ def read_gptq(
         "scales": (groups, shape[0]),
     }
     check_shapes(tensors, expected)
-    codes = packing.unpack(tensors["qweight"], spec.bits).t()
     zeros = packing.unpack(tensors["qzeros"].t(), spec.bits).t()
-    zeros = (zeros + zero_offset) & ((1 << spec.bits) - 1)
-    return _quantized(codes, zeros, tensors["scales"], spec, shape)
+    return (zeros + zero_offset) & ((1 << spec.bits) - 1)
 
 
 def write_awq(q: Quantized) -> dict[str, Tensor]:
@@ -102,9 +116,8 @@ def read_awq(tensors: dict[str, Tensor], spec: TensorSpec, shape: tuple[int, int
     return _quantized(codes, packing.unpack_awq(tensors["qzeros"]), tensors["scales"], spec, shape)
 
 
-def _quantized(
-    codes: Tensor, zeros: Tensor, scales: Tensor, spec: TensorSpec, shape: tuple[int, int]
-) -> Quantized:
+def _params(zeros: Tensor, scales: Tensor, spec: TensorSpec) -> dict[str, Tensor]:
+    """Scales and zero points of all groups from tables [groups per row, O]."""
     params = {"scale": _down(scales)}
     if spec.sym:
         # On meta only shapes are asked for; there are no zero points to look at.
@@ -112,6 +125,13 @@ def _quantized(
             raise FormatError(f"a symmetric {spec.bits}-bit layer has zero points other than {middle(spec)}")
     else:
         params["zero"] = _down(zeros)
+    return params
+
+
+def _quantized(
+    codes: Tensor, zeros: Tensor, scales: Tensor, spec: TensorSpec, shape: tuple[int, int]
+) -> Quantized:
+    params = _params(zeros, scales, spec)
     padded = split(codes, spec.group)
     # `split` pads with code 0, which is the lowest value and not zero.
     if spec.group != 0 and shape[1] % padded.shape[1]:

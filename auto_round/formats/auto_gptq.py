@@ -11,7 +11,7 @@ from torch import Tensor
 
 from auto_round.core.errors import FormatError
 from auto_round.core.groups import group_size
-from auto_round.core.layouts import read_gptq, write_gptq
+from auto_round.core.layouts import read_gptq, read_gptq_grid, write_gptq
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import Scheme, TensorSpec
@@ -52,14 +52,15 @@ class AutoGPTQ(Format):
 
     def read(self, tensors: Mapping[str, Tensor], spec: TensorSpec, shape: tuple[int, int]) -> Quantized:
         """The inverse of `write`. Raises FormatError for groups that are not runs of neighbours (act-order)."""
-        index = tensors.get("g_idx")
-        counting = _group_index(spec, shape, torch.device("cpu"))
-        # Act-order permutes columns among groups: our groups are runs, and the codes would get others' scales.
-        if index is not None and not torch.equal(index.cpu(), counting):
-            raise FormatError(
-                "g_idx does not count up: this checkpoint was made with act-order (desc_act), not supported"
-            )
+        _check_order(tensors, spec, shape)
         return read_gptq(dict(tensors), spec, shape, zero_offset=1)
+
+    def read_grid(
+        self, tensors: Mapping[str, Tensor], spec: TensorSpec, shape: tuple[int, int]
+    ) -> dict[str, Tensor] | None:
+        """Raises FormatError as `read` does."""
+        _check_order(tensors, spec, shape)
+        return read_gptq_grid(tensors, spec, shape, zero_offset=1)
 
     def config(self, plan: Plan, provenance: Provenance) -> dict[str, object]:
         """Global settings; layers that depart from them in `dynamic`, float ones in `modules_in_block_to_quantize`."""
@@ -93,6 +94,16 @@ def _group_index(spec: TensorSpec, shape: tuple[int, int], device: torch.device)
     """(I,) int32: the group of each input feature."""
     size = group_size(shape, spec.group)
     return (torch.arange(shape[1], device=device) // size).to(torch.int32)
+
+
+def _check_order(tensors: Mapping[str, Tensor], spec: TensorSpec, shape: tuple[int, int]) -> None:
+    """Raise FormatError for groups that are not runs of neighbours."""
+    index = tensors.get("g_idx")
+    # Act-order permutes columns among groups: our groups are runs, and the codes would get others' scales.
+    if index is not None and not torch.equal(index.cpu(), _group_index(spec, shape, torch.device("cpu"))):
+        raise FormatError(
+            "g_idx does not count up: this checkpoint was made with act-order (desc_act), not supported"
+        )
 
 
 def _suffix(name: str, blocks: Iterable[str]) -> str:

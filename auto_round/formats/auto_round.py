@@ -14,7 +14,7 @@ from functools import partial
 from torch import Tensor
 
 from auto_round.core.groups import group_size
-from auto_round.core.layouts import AWQ_BITS, read_awq, read_gptq, write_awq, write_gptq
+from auto_round.core.layouts import AWQ_BITS, read_awq, read_gptq, read_gptq_grid, write_awq, write_gptq
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Quantized
 from auto_round.core.scheme import Scheme, TensorSpec
@@ -45,6 +45,9 @@ class Packing(Format):
     writer: Callable[[Quantized], dict[str, Tensor]]
     reader: Callable[[dict[str, Tensor], TensorSpec, tuple[int, int]], Quantized]
     dtype: str | None = None
+    grid_reader: Callable[[Mapping[str, Tensor], TensorSpec, tuple[int, int]], dict[str, Tensor]] | None = (
+        None
+    )
 
     def reject(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """Integers of the widths this packing has; a group for at least every row."""
@@ -73,6 +76,12 @@ class Packing(Format):
     def read(self, tensors: Mapping[str, Tensor], spec: TensorSpec, shape: tuple[int, int]) -> Quantized:
         """The inverse of `write`."""
         return self.reader(dict(tensors), spec, shape)
+
+    def read_grid(
+        self, tensors: Mapping[str, Tensor], spec: TensorSpec, shape: tuple[int, int]
+    ) -> dict[str, Tensor] | None:
+        """For GPTQ's packing."""
+        return None if self.grid_reader is None else self.grid_reader(tensors, spec, shape)
 
     def config(self, plan: Plan, provenance: Provenance) -> dict[str, object]:
         """Global settings, and `extra_config` for every layer that departs from them."""
@@ -144,6 +153,7 @@ ENTRIES = (
         bits=GPTQ_BITS,
         writer=partial(write_gptq, zero_offset=1),
         reader=partial(read_gptq, zero_offset=1),
+        grid_reader=partial(read_gptq_grid, zero_offset=1),
     ),
     Packing(
         name=PLAIN,
@@ -151,6 +161,7 @@ ENTRIES = (
         bits=GPTQ_BITS,
         writer=partial(write_gptq, zero_offset=0),
         reader=partial(read_gptq, zero_offset=0),
+        grid_reader=partial(read_gptq_grid, zero_offset=0),
     ),
     Packing(
         name=AWQ, packing_format=AWQ, bits=(AWQ_BITS,), writer=write_awq, reader=read_awq, dtype="float16"

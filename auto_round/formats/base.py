@@ -86,6 +86,15 @@ class Format(ABC):
     def read(self, tensors: Mapping[str, Tensor], spec: TensorSpec, shape: tuple[int, int]) -> Quantized:
         """The inverse of `write`. Raises FormatError for tensors that do not fit."""
 
+    def read_grid(
+        self, tensors: Mapping[str, Tensor], spec: TensorSpec, shape: tuple[int, int]
+    ) -> dict[str, Tensor] | None:
+        """The params alone of what `read` gives, where codes lie in a `qweight` as GPTQ packs them; else None.
+
+        Kernels that take such words as they are load faster without one byte per code in between.
+        """
+        return None
+
     @abstractmethod
     def config(self, plan: Plan, provenance: Provenance) -> dict[str, object] | None:
         """The quantization configuration of a checkpoint of the layers in `plan`, or None for a plain model."""

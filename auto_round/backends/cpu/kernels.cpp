@@ -507,6 +507,76 @@ at::Tensor tile(const at::Tensor& codes, int64_t bits) {
   return out;
 }
 
+// Four codes, the lowest bits of x, to a byte each.
+template <int BITS>
+inline uint32_t spread(uint32_t x) {
+  if constexpr (BITS == 4) {
+    x = (x | x << 8) & 0x00ff00ffu;
+    return (x | x << 4) & 0x0f0f0f0fu;
+  } else if constexpr (BITS == 3) {
+    return (x & 7) | (x & 0x38) << 5 | (x & 0x1c0) << 10 | (x & 0xe00) << 15;
+  } else {
+    x = (x | x << 12) & 0x000f000fu;
+    return (x | x << 6) & 0x03030303u;
+  }
+}
+
+// A unit from the words of its rows, BITS of them per row: 32 codes as one stream of bits. The order of layout.py means
+// that vector q has the codes 4q .. 4q+3 of each row in a lane of 32 bits, so every lane is a matter of its own.
+template <int BITS>
+void unit_of_words(const uint32_t (&words)[8][ROWS], uint8_t* out) {
+  uint32_t unit[BITS][ROWS];
+  for (int r = 0; r < ROWS; ++r) {
+    if constexpr (BITS == 8) {
+      UNROLL for (int q = 0; q < QUADS; ++q) unit[q][r] = words[q][r];
+    } else if constexpr (BITS == 4) {
+      UNROLL for (int j = 0; j < 4; ++j) unit[j][r] = spread<4>(words[j][r] & 0xffff) | spread<4>(words[j][r] >> 16) << 4;
+    } else if constexpr (BITS == 2) {
+      UNROLL for (int j = 0; j < 2; ++j) {
+        unit[j][r] = 0;
+        UNROLL for (int k = 0; k < 4; ++k) unit[j][r] |= spread<2>(words[j][r] >> 8 * k & 0xff) << 2 * k;
+      }
+    } else {
+      const uint64_t low = words[0][r] | uint64_t{words[1][r]} << 32, high = words[1][r] | uint64_t{words[2][r]} << 32;
+      unit[0][r] = unit[1][r] = unit[2][r] = 0;
+      UNROLL for (int q = 0; q < QUADS; ++q) {
+        const uint32_t four = spread<3>(static_cast<uint32_t>(q < 4 ? low >> 12 * q : high >> (12 * q - 32)) & 0xfff);
+        unit[q / 4][r] |= (four & 0x03030303u) << 2 * (q % 4);
+        unit[2][r] |= (four >> 2 & 0x01010101u) << q;
+      }
+    }
+  }
+  std::memcpy(out, unit, sizeof(unit));
+}
+
+// What `tile` makes of the codes in GPTQ's words: (ceil(I * bits / 32), O) int32, each row a stream of bits downwards.
+at::Tensor tile_words(const at::Tensor& words, int64_t bits) {
+  TORCH_CHECK(words.dim() == 2 && words.scalar_type() == at::kInt && words.is_contiguous(), "words must be (W, O) int32");
+  TORCH_CHECK(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits must be 2, 3, 4 or 8, got ", bits);
+  constexpr int64_t NEAR = 16;  // tiles at a time: 1 KB of each line of words
+  const int64_t lines = words.size(0), rows = words.size(1);
+  const int64_t tiles = (rows + ROWS - 1) / ROWS, units = (lines + bits - 1) / bits;
+  const at::Tensor out = at::empty({tiles, units, VECTOR * bits}, words.options().dtype(at::kByte));
+  const auto* from = reinterpret_cast<const uint32_t*>(words.const_data_ptr<int32_t>());
+  uint8_t* to = out.mutable_data_ptr<uint8_t>();
+  at::parallel_for(0, (tiles + NEAR - 1) / NEAR, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part)
+      for (int64_t u = 0; u < units; ++u)
+        for (int64_t t = part * NEAR; t < std::min(tiles, (part + 1) * NEAR); ++t) {
+          uint32_t lanes[8][ROWS] = {};
+          const int64_t count = std::min<int64_t>(ROWS, rows - t * ROWS);
+          for (int64_t w = 0; w < std::min(bits, lines - u * bits); ++w)
+            std::memcpy(lanes[w], from + (u * bits + w) * rows + t * ROWS, sizeof(uint32_t) * count);
+          uint8_t* unit = to + (t * units + u) * VECTOR * bits;
+          if (bits == 2) unit_of_words<2>(lanes, unit);
+          else if (bits == 3) unit_of_words<3>(lanes, unit);
+          else if (bits == 4) unit_of_words<4>(lanes, unit);
+          else unit_of_words<8>(lanes, unit);
+        }
+  });
+  return out;
+}
+
 std::string instructions() {
 #if defined(HAS_AMX)
   if (may_use_amx()) return "AMX and AVX-512 VNNI";
@@ -533,6 +603,8 @@ TORCH_LIBRARY(AUTO_ROUND_LIBRARY, m) {
   m.impl("weight", c10::DispatchKey::CPU, &weight);
   m.def("tile(Tensor codes, int bits) -> Tensor");
   m.impl("tile", c10::DispatchKey::CPU, &tile);
+  m.def("tile_words(Tensor words, int bits) -> Tensor");
+  m.impl("tile_words", c10::DispatchKey::CPU, &tile_words);
   m.def("instructions() -> str", &instructions);
   m.def("rows() -> int", []() -> int64_t { return ROWS; });
 }

@@ -37,17 +37,23 @@ class CpuLinear(Kernel):
         size = group_size(site.shape, site.spec.group)
         self.group = size + -size % layout.UNIT  # one group per row may end inside a unit
 
-    def settle(self, q: Quantized) -> None:
-        """Repack `q` into tiles."""
-        count, rows = groups_per_row(q.shape, q.spec.group), torch.ops.auto_round_cpu.rows()
-        codes = merge(q.codes, q.shape, q.spec.group)
-        tensors = {
-            "codes": torch.ops.auto_round_cpu.tile(codes.contiguous(), q.spec.bits),
-            "scales": layout.tile_groups(q.params["scale"].reshape(-1, count), rows),
-        }
-        if "zero" in q.params:
-            tensors["zeros"] = layout.tile_groups(q.params["zero"].reshape(-1, count), rows)
-        self.replace(**tensors)
+    def settle(self) -> None:
+        """Repack what was loaded into tiles. Raises FormatError for missing or damaged tensors."""
+        spec, shape, kernels = self.site.spec, self.site.shape, torch.ops.auto_round_cpu
+        count, rows = groups_per_row(shape, spec.group), kernels.rows()
+        params = self.checked_grid()
+        if params is None:
+            q = self.checked()
+            codes, params = (
+                kernels.tile(merge(q.codes, shape, spec.group).contiguous(), spec.bits),
+                dict(q.params),
+            )
+        else:
+            codes = kernels.tile_words(self.qweight.contiguous(), spec.bits)
+        self.replace(
+            codes=codes,
+            **{f"{name}s": layout.tile_groups(t.reshape(-1, count), rows) for name, t in params.items()},
+        )
 
     def quantized(self) -> Quantized:
         """As loaded, or read back from the tiles."""
@@ -196,7 +202,7 @@ class Cpu(Backend):
     def finish(self, module: Kernel, *, cache: bool) -> None:
         """Repack."""
         assert isinstance(module, CpuLinear), "built by this backend"
-        module.settle(module.checked())
+        module.settle()
 
     def join(self, modules: Sequence[Kernel]) -> None:
         """Multiply them in one call where all have one setting."""

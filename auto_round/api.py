@@ -192,11 +192,7 @@ class AutoRound:
             passes = []
             steps = [self.steps(plan) for plan in plans]
             source = self._source(steps[0])
-            if self.options.distributed is not None and not isinstance(source, TensorSource):
-                raise PlanError(
-                    f"distributed={self.options.distributed!r}: only streams are spread over machines, and this job "
-                    "runs the model; use model_free=True (--model_free), or iters=0 with disable_opt_rtn=True"
-                )
+            _check_spread(self.options.distributed, source)
             for group, plan, its in zip(groups, plans, steps):
                 about = None
                 if isinstance(source, TensorSource):
@@ -288,14 +284,8 @@ class AutoRound:
         if self.options.distributed is not None:
             spread(self.material, source, passes, self.observers)
             return
-        streamed = []
-        for each in passes:
-            writers = [
-                w if isinstance(w, CheckpointWriter) else Locked(cast(CopyingWriter, w)) for w in each.writers
-            ]
-            streamed.append(StreamPass(each.plan, each.steps, writers))
         assert self.placement is not None and self.placement.workers, "streams are placed too"
-        stream(source, streamed, self.observers, workers=self.placement.workers)
+        stream(source, list(map(_streamed, passes)), self.observers, workers=self.placement.workers)
         for step in (step for each in passes for step in each.steps):
             step.finish()
 
@@ -384,6 +374,21 @@ def _deterministic() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def _streamed(each: Pass) -> StreamPass:
+    """A pass whose writers take layers of several workers, one at a time where they cannot do better."""
+    writers = [w if isinstance(w, CheckpointWriter) else Locked(cast(CopyingWriter, w)) for w in each.writers]
+    return StreamPass(each.plan, each.steps, writers)
+
+
+def _check_spread(distributed: str | None, source: Source) -> None:
+    """Raise PlanError where other machines are asked for and `source` runs the model."""
+    if distributed is not None and not isinstance(source, TensorSource):
+        raise PlanError(
+            f"distributed={distributed!r}: only streams are spread over machines, and this job runs the model; "
+            "use model_free=True (--model_free), or iters=0 with disable_opt_rtn=True"
+        )
 
 
 def _block_count(body: Anatomy, passes: Sequence[Pass], nblocks: int) -> int:

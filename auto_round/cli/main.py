@@ -111,9 +111,7 @@ def build(recipe: str) -> cyclopts.App:
         if (flag := evaluating.needless()) is not None:
             raise PlanError(f"--{flag.replace('_', '-')} is about benchmarks: give --tasks too, or --eval")
         if model is None:
-            raise PlanError(
-                "no model given. Example: auto-round ./my-model --scheme W4A16 --output_dir ./out"
-            )
+            raise PlanError("no model given. Example: auto-round ./my-model --scheme W4A16")
         if output.dry_run:
             _outline(recipe, model, output, scheme, tuning, machine)
         elif evaluating.tasks is None:
@@ -121,9 +119,8 @@ def build(recipe: str) -> cyclopts.App:
         else:
             from auto_round.cli.evaluating import settings_of, show_scores
 
-            settings = settings_of(
-                evaluating, machine, tuning.seed
-            )  # what is wrong with it is said before the work
+            # What is wrong with them is said before the work.
+            settings = settings_of(evaluating, machine, tuning.seed)
             folders = _quantize(recipe, model, output, scheme, tuning, machine)
             show_scores(folders[-1], settings, evaluating.eval_output)
 

@@ -22,8 +22,15 @@ namespace {
 constexpr int64_t FEWEST = 8, FEWEST_REAL = 32;  // rows of x from which the matrix unit is used, in either way of amx.h
 constexpr int AHEAD = 4096;  // bytes; measured on Zen 3, 1024 to 4096 are alike
 constexpr int64_t PIECE_OF_WEIGHT = 1 << 19;  // float32 weights at a time: 2 MB; 128 K to 1 M were nearly alike on Zen 3
-// Rows of x from which float32 products are faster than integer ones with 2 and 3 limbs; measured on Zen 3 with MKL.
+// Rows of x from which float32 products of MKL are faster than integer ones with 1 to 3 limbs: measured on a Xeon without
+// AMX and on Zen 3; with AVX-VNNI alone, 16 registers of 256 bits, the latter holds too.
+#if defined(HAS_AVX512)
+constexpr int64_t MANY[] = {INT64_MAX, INT64_MAX, INT64_MAX, 384};
+constexpr bool SIDE_BY_SIDE = true;  // 32 registers hold the sums of several rows of x with two tiles
+#else
 constexpr int64_t MANY[] = {INT64_MAX, INT64_MAX, 256, 32};
+constexpr bool SIDE_BY_SIDE = false;
+#endif
 
 // The inputs in fixed point, in parts of `height` rows; what the last part lacks is zero.
 // limbs: [part][block][limb][row][column]; scale: [part][block][row]; sums: [part][block][row][1 or 2], of the first two
@@ -243,6 +250,9 @@ void few_rows(const Job<Y>& job, const Inputs& in, int64_t m, int64_t from, int6
     for (int64_t tile = from; tile < to; tile += TILES) {
       const bool whole = tile + TILES <= to;
       int64_t at = start;
+      if constexpr (SIDE_BY_SIDE)
+        for (; whole && at + AT_ONCE <= stop; at += AT_ONCE)
+          multiply_into<BITS, LIMBS, AT_ONCE, TILES>(w, in, tile, at, bias, y, rows);
       for (; at + AT_ONCE <= stop; at += AT_ONCE)
         for (int64_t t = tile; t < std::min<int64_t>(tile + TILES, to); ++t)
           multiply_into<BITS, LIMBS, AT_ONCE, 1>(w, in, t, at, bias, y, rows);

@@ -119,6 +119,9 @@ class AutoRound:
         """Quantize in memory. Returns the model, with the weights that the codes stand for, and layer settings."""
         kept = Kept()
         check_whole(self.material, "quantize() returns it; quantize_and_save() may do without")
+        if self.material.rotator.untrained:
+            self._plan_in_memory()  # what is impossible is said before the work
+            self.material.train_rotations()
         model = self.material.live_model()
         plan = self._plan_in_memory()
         self._place([(plan, [])], keeps=True)
@@ -174,6 +177,8 @@ class AutoRound:
         folders: list[str] = []
         with ExitStack() as stack:
             plans = [self.make_plan(group) for group in groups]
+            if self.material.train_rotations():
+                plans = [self.make_plan(group) for group in groups]
             self.plan = plans[0]
             reset_peak()
             earlier = earlier_steps(Path(output_dir)) if self.options.resume and self._budget else None
@@ -239,7 +244,7 @@ class AutoRound:
         self._place(makes, measure=rehearse, with_data=False)
         assert self.placement is not None, "it has been made"
         body, store = self.subject().anatomy, self.subject().files.store
-        told = [] if self.mix is None else [f"AutoScheme: {self.mix}"]
+        told = () if self.mix is None else (f"AutoScheme: {self.mix}",)
         return Outline(
             plans={", ".join(fmt.name for fmt in group): plan.noted(*told) for plan, group in makes}, sizes=sizes,
             blocks=len(body.in_order()), placement=self.placement, seconds=self.seconds,
@@ -286,8 +291,7 @@ class AutoRound:
             return
         assert self.placement is not None and self.placement.workers, "streams are placed too"
         stream(source, list(map(_streamed, passes)), self.observers, workers=self.placement.workers)
-        for step in (step for each in passes for step in each.steps):
-            step.finish()
+        _finish(passes)
 
     def _run(self, source: Source, first: Pass, *others: Pass, journal: Journal | None = None) -> None:
         writers, observers = first.writers, self.observers
@@ -304,8 +308,7 @@ class AutoRound:
         deterministic = self.options.enable_deterministic_algorithms
         with _deterministic() if deterministic else ExitStack():
             quantize(source, first.plan, first.steps, writers, observers, others)
-        for step in (step for each in (first, *others) for step in each.steps):
-            step.finish()
+        _finish((first, *others))
 
     def _source(self, steps: Sequence[Step]) -> Source:
         """Shards when weights are all that is needed, else the live model."""
@@ -380,6 +383,11 @@ def _streamed(each: Pass) -> StreamPass:
     """A pass whose writers take layers of several workers, one at a time where they cannot do better."""
     writers = [w if isinstance(w, CheckpointWriter) else Locked(cast(CopyingWriter, w)) for w in each.writers]
     return StreamPass(each.plan, each.steps, writers)
+
+
+def _finish(passes: Sequence[Pass]) -> None:
+    for step in (step for each in passes for step in each.steps):
+        step.finish()
 
 
 def _check_spread(distributed: str | None, source: Source) -> None:

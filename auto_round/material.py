@@ -119,31 +119,11 @@ class Material:
                 blocks=self.options.to_quant_block_names,
                 trust_remote_code=self.options.trust_remote_code,
             )
-            if self._subject is not None and not self._check_whole(files):
+            if self._subject is not None and not _names_tell_all(self.folder, files, self.options):
                 self._subject = None
         if self._subject is None:
             self._subject = self._of_tree()
         return self._subject
-
-    def _check_whole(self, files: load.ModelFiles) -> bool:
-        """Whether names tell all, as far as anybody was asked.
-
-        Refuses a checkpoint that would not load, and warns of one that looks as if something were missing.
-        """
-        trusted = self.options.trust_remote_code
-        odd = lacking(files.store.infos)
-        # Names suffice to stream, and reading them is quick; the architecture is asked when they raise a doubt.
-        told = True
-        if not self.options.model_free or odd is not None:
-            told = check_streamed(files, trust_remote_code=trusted)
-        assert self.folder is not None, "only folders are streamed"
-        if odd is not None and not load.knows(self.folder, trust_remote_code=trusted):
-            logger.warning(
-                "%s is not in the checkpoint, though every other block has one, and transformers does not know this "
-                "architecture. If that is a mistake, download the model again",
-                odd,
-            )
-        return told
 
     def _of_tree(self) -> Subject:
         """The model by its module tree."""
@@ -165,6 +145,22 @@ class Material:
             embedding=self._whole or self._embedding_named(),
         )
         return open_subject(origin, candidates)
+
+    def train_rotations(self) -> bool:
+        """Find the rotations that weights are to take up from now on. False when there is nothing to train."""
+        if not self.rotator.untrained:
+            return False
+        self._calibration = self._calibration or self.data(required=True)
+        assert self._calibration is not None, "data is required"
+        upright = self.subject()
+        model = self.model if self.model is not None else self._as_read(upright)
+        self.rotator.train(model, upright, self.base, self._calibration)
+        if self.folder is not None:  # what was loaded for this, or to write its own text, is not rotated
+            self.model = None
+            self.rotator.turns = {}
+        self._subject = None
+        self.rotator.forget()
+        return True
 
     def turn(self, plan: Plan) -> None:
         """From now on, turn the inputs of the layers of `plan` that rotations ask for."""
@@ -349,3 +345,23 @@ class Material:
             model.to(parse_devices(self.options.device_map).main)
             self._cache_ranges = cache_ranges(model, data, self.options.numbers().batch_size)
         return self._cache_ranges
+
+
+def _names_tell_all(folder: Path, files: load.ModelFiles, options: Options) -> bool:
+    """Whether names tell all of a checkpoint that is to be streamed, as far as anybody was asked.
+
+    Refuses one that would not load, and warns of one that looks as if something were missing.
+    """
+    trusted = options.trust_remote_code
+    odd = lacking(files.store.infos)
+    # Names suffice to stream, and reading them is quick; the architecture is asked when they raise a doubt.
+    told = True
+    if not options.model_free or odd is not None:
+        told = check_streamed(files, trust_remote_code=trusted)
+    if odd is not None and not load.knows(folder, trust_remote_code=trusted):
+        logger.warning(
+            "%s is not in the checkpoint, though every other block has one, and transformers does not know this "
+            "architecture. If that is a mistake, download the model again",
+            odd,
+        )
+    return told

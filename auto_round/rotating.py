@@ -21,11 +21,16 @@ from auto_round.core.rotation import (
     rotations_of,
     turned_layers,
 )
-from auto_round.models.absorbing import fused
+from auto_round.core.scheme import Scheme
+from auto_round.models.absorbing import Turns, fused
+from auto_round.models.device import parse_devices
 from auto_round.models.load import ModelFiles
+from auto_round.models.memory import available_memory
 from auto_round.models.subject import Subject
 from auto_round.models.turning import turn_inputs, turn_keys
 from auto_round.options import Options
+from auto_round.rotation_training import Task, bytes_needed, train
+from auto_round.sources.dataset import Calibration
 
 logger = logging.getLogger("auto_round")
 
@@ -35,10 +40,12 @@ class Rotator:
 
     def __init__(self, options: Options) -> None:
         self.wish, self._seed = rotations_of(options.rotation_config), options.seed
+        self._devices = options.device_map
         self.turns: dict[str, tuple[str, Rotation]] = {}
         self._hooks: list[RemovableHandle] = []
         self._upright: Subject | None = None
         self._fused = False
+        self._trained: Turns | None = None
 
     def forget(self) -> None:
         """The model is to be looked at anew."""
@@ -51,10 +58,38 @@ class Rotator:
             "transformers' model has. Give the loaded model instead of the folder"
         )
 
+    @property
+    def untrained(self) -> bool:
+        """Whether `train` has to be called before weights can take up anything."""
+        wish = self.wish
+        return isinstance(wish, SpinQuantConfig) and wish.trainable_rotation and self._trained is None
+
+    def train(self, model: nn.Module, subject: Subject, scheme: Scheme, data: Calibration) -> None:
+        """Find the rotations for the layers of `subject`, whose original is `model`, at `scheme`.
+
+        Raises PlanError when the model does not fit into memory so often.
+        """
+        assert isinstance(self.wish, SpinQuantConfig), "only these are trained"
+        if scheme.weight is None:
+            raise PlanError("rotation_config: trained rotations need a scheme that quantizes weights")
+        device = parse_devices(self._devices).main
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        if device.type == "cpu" and bytes_needed(weights) > available_memory():
+            raise PlanError(
+                f"rotation_config: training rotations takes about {bytes_needed(weights) / 1e9:.1f} GB for this model, "
+                f"and {available_memory() / 1e9:.1f} GB are free. 'quarot' has fixed rotations"
+            )
+        layers = [(name, layer.parameter) for name, layer in subject.anatomy.layers.items() if layer.block]
+        task = Task(model, scheme, layers, dict(subject.files.config), device)
+        logger.info(
+            "rotations: training %d steps on %d samples, for %s", self.wish.iters, len(data.tokens), scheme
+        )
+        self._trained = train(task, self.wish, data, self._seed)
+
     def fuse(self, files: ModelFiles, tree: nn.Module) -> ModelFiles:
         """`files` and `tree` with what weights take up; a live model takes it up once."""
         wish = self.wish
-        if not isinstance(wish, SpinQuantConfig) or not (wish.fused_stream or wish.r2):
+        if not isinstance(wish, SpinQuantConfig) or not (wish.fused_stream or wish.r2) or self.untrained:
             return files
         if self._fused and files.folder is None:
             return files
@@ -63,7 +98,7 @@ class Rotator:
             "rotations: weights take up %s",
             " and ".join(place for place, used in (("R1", wish.fused_stream), ("R2", wish.r2)) if used),
         )
-        return fused(files, tree, wish, self._seed)
+        return fused(files, tree, wish, self._seed, self._trained)
 
     def turn(self, subject: Subject, plan: Plan, live: nn.Module | None) -> Subject:
         """`subject` with the inputs of the layers of `plan` turned that rotations ask for, and `live` as well.

@@ -7,8 +7,6 @@ import torch
 from models import SENTENCES, loaded, logits, samples, tiny, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from auto_round.core.errors import NotYetError
-
 
 @pytest.fixture(scope="module")
 def model_name_or_path(tmp_path_factory):
@@ -258,11 +256,17 @@ def test_rotations_are_saved_and_restored(quick, tmp_path, rotation):
     assert torch.isfinite(logits(loaded(tmp_path / "out", device_map="auto", backend=None))).all()
 
 
-def test_what_is_trained_is_answered_with_a_clear_error(model_name_or_path):
+def test_rotations_are_trained(quick, tmp_path, monkeypatch):
     from auto_round import AutoRound
+    from auto_round.core.rotation import NAMED
 
-    with pytest.raises(NotYetError, match="not there yet"):
-        AutoRound(model_name_or_path, scheme="MXFP4", rotation_config="spinquant")
+    tiny("qwen3", tmp_path / "model")
+    monkeypatch.setitem(
+        NAMED, "spinquant", {**NAMED["spinquant"], "iters": 2}
+    )  # the word means a hundred steps
+    ar = AutoRound(str(tmp_path / "model"), scheme="MXFP4", rotation_config="spinquant", iters=0, **quick)
+    ar.quantize_and_save(output_dir=str(tmp_path / "out"), format="auto_round")
+    assert torch.isfinite(logits(loaded(tmp_path / "out", device_map="auto", backend=None))).all()
 
 
 def test_gguf_is_a_format(model_name_or_path, tmp_path):

@@ -278,7 +278,7 @@ def test_a_model_that_only_claims_to_be_quantized_is_refused(model, tmp_path, me
         ({"max_shard_size": "0GB"}, PlanError, ["0GB", "5GB"]),
         ({"device_map": "xpu:0,xpu:1", **TUNED}, PlanError, ["xpu:0", "cannot be used here"]),
         ({"device_map": "no_such_device", **TUNED}, PlanError, ["no_such_device", "cannot be used here"]),
-        ({"rotation_config": "spinquant"}, NotYetError, ["trained rotations", "not there yet"]),
+        ({"rotation_config": "spinquart"}, PlanError, ["'spinquart'", "Did you mean 'spinquant'"]),
         ({"model_free": True, "iters": 2}, PlanError, ["model_free", "iters=0"]),
     ],
     ids=str,

@@ -18,15 +18,16 @@ from auto_round.core.errors import (
     AutoRoundError,
     FormatError,
     ModelError,
-    NotYetError,
     PlanError,
     SchemeError,
 )
-from auto_round.core.hadamard import Rotation, hadamard, power_of_two
-from auto_round.core.rotation import restored, rotations_of, stored
+from auto_round.core.hadamard import Learned, Rotation, hadamard, power_of_two
+from auto_round.core.rotation import read_rotations, restored, rotations_of, stored
 from auto_round.formats.base import format_named, parse_formats
 from auto_round.jobs.verify import verify
+from auto_round.models.absorbing import Fusion, Turns, untie
 from auto_round.models.quirks import PLAIN_STREAMS, PLAIN_VALUES
+from auto_round.rotation_training import Orthogonal
 from auto_round.version import __version__
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "rotations.jsonl"
@@ -34,6 +35,7 @@ RTN = {"scheme": "W8A16", "group_size": 32, "iters": 0, "disable_opt_rtn": True,
 EVERYWHERE = SpinQuantConfig(r3=True, r4=True)
 RANDOM = SpinQuantConfig(r3=True, r4=True, random_r1=True, random_r2=True, random_r3=True, random_r4=True)
 FUSED = SpinQuantConfig(online_r1_rotation=False)
+TRAINED = SpinQuantConfig(trainable_rotation=True, trainable_smooth=True, iters=3, batch_size=2)
 ONLINE = SpinQuantConfig(r2=False, r4=True)
 WISHES = {
     "quarot": "quarot",
@@ -362,7 +364,9 @@ def test_readers_that_turn_nothing_are_refused_with_the_remedy(form, tmp_path):
     ("wish", "error", "said"),
     [
         ("quarto", PlanError, "Did you mean 'quarot'"),
-        ("spinquant", NotYetError, "trained rotations"),
+        ({"r1": False, "r2": False, "r3": True, "trainable_rotation": True}, PlanError, "trains R1 and R2"),
+        ({"r1": True, "trainable_smooth": True}, PlanError, "goes with trainable_rotation"),
+        ({"r1": True, "trainable_rotation": True, "iters": 0}, PlanError, "iters must be positive"),
         ({"r1": True, "r5": True}, PlanError, "'r5' is unknown"),
         ({"r1": False, "r2": False}, PlanError, "turns nothing"),
         ({"r1": True, "rotation_size": 48}, PlanError, "power of two"),
@@ -504,3 +508,160 @@ def test_flags_ask_for_it_too(flags, key, tmp_path):
     assert execute("default", [str(tmp_path / "model"), *argv, *flags]) == 0
     assert key in json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert torch.isfinite(logits(loaded(tmp_path / "out", quantization_config=AutoRoundConfig()))).all()
+
+
+# --------------------------------------------------------------------------------------------------------- trained
+
+
+@settings(deadline=None, max_examples=20)
+@given(channels=st.sampled_from([4, 12, 64]), rate=st.sampled_from([0.1, 1.0, 100.0]), seed=st.integers(0, 9))
+def test_a_step_of_training_stays_among_the_orthogonal_matrices_and_goes_down(channels, rate, seed):
+    noise = torch.Generator().manual_seed(seed)
+    wanted, start = torch.randn(channels, channels, generator=noise), Rotation(power_of_two(channels))
+    matrix = Orthogonal(start, channels, torch.device("cpu"))
+    before = ((matrix.value - wanted) ** 2).mean()
+    for _ in range(10):
+        loss = ((matrix.value - wanted) ** 2).mean()
+        (gradient,) = torch.autograd.grad(loss, [matrix.value])
+        matrix.step(gradient, rate)
+    found = matrix.kept().matrix()
+    assert torch.allclose(found @ found.T, torch.eye(channels), atol=1e-5)
+    assert torch.allclose(found, matrix.value, atol=1e-4) and loss < before
+
+
+def test_a_learned_rotation_is_its_matrix_block_by_block_and_can_be_undone():
+    values = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)))[0]
+    x, turn = torch.randn(3, 12), Learned(6, values=values)
+    assert torch.allclose(turn(x), torch.cat([x[:, :6] @ values, x[:, 6:] @ values], 1))
+    assert torch.allclose(turn.back(turn(x)), x, atol=1e-5) and torch.allclose(turn.down(x.T), turn(x).T)
+    assert turn.told() != Learned(6, values=values.T).told()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
+def test_weights_may_take_up_any_orthogonal_matrices_and_factors(name, tmp_path):
+    model, ids, noise = tiny(name, tmp_path).eval(), tokens(2), torch.Generator().manual_seed(3)
+    before = logits(model, ids)
+    untie(model)
+    state = model.state_dict()
+
+    def orthogonal(size):
+        return Learned(size, values=torch.linalg.qr(torch.randn(size, size, generator=noise))[0])
+
+    values = {f"model.layers.{i}.self_attn": orthogonal(16) for i in range(2)}
+    norms = Fusion(state, state.__getitem__, Turns()).norms([n for n in state if "_proj" in n])
+    factors = {norm: torch.rand(64, generator=noise) + 0.5 for norm in norms}
+    turns = Turns(orthogonal(64), values.__getitem__, factors)
+    for tensor, steps in Fusion(state, state.__getitem__, turns).changes.items():
+        found = state[tensor].clone()
+        for step in steps:
+            found = step(found)
+        state[tensor].copy_(found)
+    assert len(norms) == 4 and torch.allclose(model.get_parameter(norms[0]), 1 / factors[norms[0]])
+    assert torch.allclose(logits(model, ids), before, atol=1e-4)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_model_with_trained_rotations_computes_what_it_did_before(live, tmp_path):
+    model, ids = tiny("llama", tmp_path / "model"), tokens(2)
+    before, embedding = logits(model, ids), model.get_input_embeddings().weight.clone()
+    options = {**RTN, "dataset": samples(8), "seqlen": 32, "nsamples": 8, "rotation_config": TRAINED}
+    job = AutoRound(model if live else tmp_path / "model", **options)
+    job.quantize_and_save(tmp_path / "out", format="fake")
+    rotated = loaded(tmp_path / "out")
+    assert (logits(rotated, ids) - before).norm() <= 0.02 * before.norm()
+    assert not torch.allclose(rotated.get_input_embeddings().weight, embedding, atol=0.01)
+
+
+def test_the_same_seed_trains_the_same_bytes(tmp_path):
+    tiny("qwen3", tmp_path / "model")
+    options = {**RTN, "dataset": samples(8), "seqlen": 32, "nsamples": 8, "rotation_config": TRAINED}
+    written = []
+    for name in ("first", "second"):
+        AutoRound(tmp_path / "model", **options).quantize_and_save(tmp_path / name, format="auto_round")
+        written.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert written[0] == written[1]
+
+
+def test_training_lowers_the_divergence_on_samples_that_it_has_not_seen(tmp_path, caplog):
+    tiny("llama", tmp_path / "model")
+    wish = SpinQuantConfig(trainable_rotation=True, iters=40, batch_size=4)
+    options = {**RTN, "scheme": "W3A16", "dataset": samples(32), "seqlen": 32, "nsamples": 32}
+    caplog.set_level("INFO")
+    AutoRound(tmp_path / "model", rotation_config=wish, **options).quantize_and_save(tmp_path / "out")
+    steps = [r.args for r in caplog.records if r.msg.startswith("rotations: step")]
+    assert len(steps) == 10 and steps[-1][:2] == (40, 40)
+    assert min(now for _, _, now, _, _ in steps) < 0.97 * steps[0][3]
+
+
+def test_inputs_that_are_quantized_and_turned_at_run_time_go_along_with_training(tmp_path):
+    tiny("llama", tmp_path / "model")
+    wish = replace(TRAINED, r4=True)
+    options = {**RTN, "scheme": "MXFP4", "dataset": samples(8), "seqlen": 32, "nsamples": 8}
+    AutoRound(tmp_path / "model", rotation_config=wish, **options).quantize_and_save(tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    told = said["spinquant_config"]
+    assert told["trainable_rotation"] and not told["online_r1_rotation"] and told["r4"]
+    assert read_rotations(said).online == ("r4",)
+    assert torch.isfinite(logits(loaded(tmp_path / "out", quantization_config=AutoRoundConfig()))).all()
+
+
+def test_rotations_that_were_trained_for_run_time_are_not_misread():
+    said = {"spinquant_config": {"r1": True, "trainable_rotation": True, "online_r1_rotation": True}}
+    with pytest.raises(FormatError, match="cannot be read"):
+        read_rotations(said)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("gemma2", {}, "'gemma2' models"),
+        ("llama", {"scheme": "BF16", "group_size": None}, "quantizes weights"),
+    ],
+)
+def test_training_that_cannot_be_is_refused(name, options, said, tmp_path):
+    tiny(name, tmp_path / "model")
+    data = {"dataset": samples(4), "seqlen": 32, "nsamples": 4}
+    with pytest.raises(AutoRoundError, match=said):
+        AutoRound(
+            tmp_path / "model", rotation_config=TRAINED, **{**RTN, **data, **options}
+        ).quantize_and_save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_needs_data_and_memory(tmp_path, monkeypatch):
+    tiny("llama", tmp_path / "model")
+    with pytest.raises(AutoRoundError, match="nsamples=0"):
+        AutoRound(tmp_path / "model", rotation_config=TRAINED, nsamples=0, **RTN).quantize_and_save(
+            tmp_path / "out"
+        )
+    monkeypatch.setattr("auto_round.rotating.available_memory", lambda: 1000)
+    data = {"dataset": samples(4), "seqlen": 32, "nsamples": 4}
+    with pytest.raises(PlanError, match="GB are free"):
+        AutoRound(tmp_path / "model", rotation_config=TRAINED, **data, **RTN).quantize_and_save(
+            tmp_path / "out"
+        )
+
+
+def test_nothing_is_trained_to_plan_or_for_what_is_impossible(tmp_path, monkeypatch):
+    tiny("llama", tmp_path / "model")
+    data = {"dataset": samples(4), "seqlen": 32, "nsamples": 4}
+    monkeypatch.setattr("auto_round.rotating.train", lambda *_: pytest.fail("trained"))
+    job = AutoRound(tmp_path / "model", rotation_config=TRAINED, **data, **RTN)
+    assert job.outline("auto_round").sizes
+    with pytest.raises(FormatError, match="4 bits only"):
+        job.quantize_and_save(tmp_path / "out", format="auto_awq")
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_rotations_are_trained_to_quantize_in_memory_too(live, tmp_path):
+    model = tiny("llama", tmp_path / "model")
+    data = {"dataset": samples(8), "seqlen": 32, "nsamples": 8}
+    wish = replace(TRAINED, r4=True)
+    job = AutoRound(model if live else tmp_path / "model", rotation_config=wish, **data, **RTN)
+    before = logits(tiny("llama", tmp_path / "again"))
+    found, _ = job.quantize()
+    assert (logits(found) - before).norm() <= 0.02 * before.norm()
+    job.save_quantized(tmp_path / "out")
+    written = loaded(tmp_path / "out", quantization_config=AutoRoundConfig())
+    assert (logits(written) - before).norm() <= 0.02 * before.norm()

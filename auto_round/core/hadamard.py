@@ -6,7 +6,7 @@ is no table of matrices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from zlib import crc32
 
@@ -132,6 +132,26 @@ class Rotation:
         first, second = (_normal(order, x.dtype, x.device) for order in (outer, inner))
         turned = first @ (apart.unflatten(-1, (outer, inner)) @ second)
         return turned.flatten(-3)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Learned(Rotation):
+    """A rotation by any orthogonal matrix. values: (size, size); where they need gradients, results carry them."""
+
+    values: Tensor = field(kw_only=True)
+
+    def told(self) -> str:
+        """What tells it from other rotations, for fingerprints."""
+        return f"{self.size} {crc32(self.values.contiguous().numpy().tobytes())}"
+
+    def matrix(self) -> Tensor:
+        """R, (size, size)."""
+        return self.values
+
+    def _times(self, x: Tensor, *, transposed: bool) -> Tensor:
+        matrix = self.values.to(x.device, x.dtype)
+        turned: Tensor = x.unflatten(-1, (-1, self.size)) @ (matrix.t() if transposed else matrix)
+        return turned.flatten(-2)
 
 
 @cache

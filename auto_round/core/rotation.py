@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_round.core.errors import FormatError, NotYetError, PlanError, nearest
+from auto_round.core.errors import FormatError, PlanError, nearest
 from auto_round.core.hadamard import Rotation, hadamard, power_of_two
 
 READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -30,7 +30,7 @@ SMALLEST = 4
 """Channels that a rotation must at least mix to be worth anything."""
 
 
-UNTOLD = ("trainable_smooth", "whole")
+UNTOLD = ("trainable_smooth", "whole", "iters", "lr", "smooth_lr", "batch_size")
 """Fields of the class below that no configuration has."""
 
 
@@ -41,6 +41,10 @@ class SpinQuantConfig:
     r1 to r4: which of them. rotation_size: channels that are turned together, None for the largest power of two that
     divides a dimension. random_r1 to random_r4: Hadamard matrices with random signs. online_r1_rotation: R1 at run
     time, else fused into embedding, blocks and head, for readers that know nothing of rotations.
+
+    trainable_rotation: R1 and R2 start from Hadamard's and are trained; both are fused then, whatever
+    online_r1_rotation says. trainable_smooth: factors per channel behind each norm are trained along. iters, lr,
+    smooth_lr, batch_size: of that training.
     """
 
     r1: bool = True
@@ -55,28 +59,41 @@ class SpinQuantConfig:
     online_r1_rotation: bool = True
     trainable_rotation: bool = False
     trainable_smooth: bool = False
+    iters: int = 100
+    lr: float = 1.0
+    smooth_lr: float = 0.01
+    batch_size: int = 8
     whole: bool = False
     """Whether a dimension that is no power of two is turned as a whole, as auto-round before 1.0 does: for reading."""
 
     def __post_init__(self) -> None:
-        if self.trainable_rotation or self.trainable_smooth:
-            raise NotYetError(
-                "trained rotations (trainable_rotation, trainable_smooth, 'spinquant') are not there yet; 'quarot' has "
-                "fixed ones"
-            )
         if not (self.r1 or self.r2 or self.r3 or self.r4):
             raise PlanError("rotation_config turns nothing: set one of r1, r2, r3, r4, or leave it out")
         _check_size("rotation_size", self.rotation_size)
+        self._check_training()
+
+    def _check_training(self) -> None:
+        if self.trainable_rotation and not (self.r1 or self.r2):
+            raise PlanError(
+                "rotation_config: trainable_rotation trains R1 and R2; set one of them, or leave it out"
+            )
+        if self.trainable_smooth and not (self.trainable_rotation and self.r1):
+            raise PlanError(
+                "rotation_config: trainable_smooth goes with trainable_rotation and r1; leave it out"
+            )
+        for name in ("iters", "lr", "smooth_lr", "batch_size"):
+            if getattr(self, name) <= 0:
+                raise PlanError(f"rotation_config: {name} must be positive, got {getattr(self, name)!r}")
 
     @property
     def fused_stream(self) -> bool:
         """Whether R1 is taken up by the weights around the residual stream."""
-        return self.r1 and not self.online_r1_rotation
+        return self.r1 and (self.trainable_rotation or not self.online_r1_rotation)
 
     @property
     def online(self) -> tuple[str, ...]:
         """The rotations that a reader has to carry out."""
-        every = {"r1": self.r1 and self.online_r1_rotation, "r3": self.r3, "r4": self.r4}
+        every = {"r1": self.r1 and not self.fused_stream, "r3": self.r3, "r4": self.r4}
         return tuple(name for name, used in every.items() if used)
 
     def size(self, channels: int) -> int:
@@ -98,7 +115,7 @@ class SpinQuantConfig:
     def of_layer(self, name: str, columns: int, hidden: int, seed: int = 0) -> tuple[str, Rotation] | None:
         """Place and rotation of the inputs of layer `name`, or None when they stay as they are."""
         last = name.rpartition(".")[2]
-        if self.r1 and self.online_r1_rotation and last in READERS and columns == hidden:
+        if self.r1 and not self.fused_stream and last in READERS and columns == hidden:
             place = "r1"
         elif self.r4 and last in MLP_OUTPUTS:
             place = "r4"
@@ -111,6 +128,7 @@ class SpinQuantConfig:
         """The entry of a quantization configuration, for a model of the configuration `config`."""
         said = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in UNTOLD}
         said |= {key: config.get(key) for key in ("hidden_size", "intermediate_size")}
+        said["online_r1_rotation"] = self.online_r1_rotation and not self.fused_stream
         return {"spinquant_config": {**said, "head_dim": head_dim(config), "algorithm": "spinquant"}}
 
 
@@ -286,6 +304,10 @@ def read_rotations(config: Mapping[str, Any]) -> Rotations | None:
                 found = rotations_of({name: value for name, value in said.items() if name in known})
             except PlanError as error:
                 raise FormatError(f"{key} of the checkpoint: {error}") from error
+            if said.get("trainable_rotation") and said.get("online_r1_rotation"):
+                raise FormatError(
+                    f"{key} of the checkpoint: trained rotations of inputs at run time cannot be read"
+                )
             return (
                 replace(found, whole=True)
                 if is_earlier(config) and isinstance(found, SpinQuantConfig)

@@ -6,9 +6,10 @@ The rotated model computes the same, and readers need not know of it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -33,27 +34,55 @@ INDIFFERENT = ("self_attn.q_norm", "self_attn.k_norm", "self_attn.sinks", "self_
 """Tensors of a block that never meet the stream."""
 
 
-class Fusion:
-    """What the rotations of `wish` do to each tensor of a model.
+class Turns(NamedTuple):
+    """The rotations that weights are to take up.
 
-    names: of all its tensors. get: reads one. config: the model's. changes: name -> what is done, one after the other.
+    stream: R1. values: R2, by the path of an attention module. smooth: norm of the stream -> factors (n,) by which its
+    readers' columns are multiplied, and its own weight divided.
     """
 
-    def __init__(
-        self,
-        names: Collection[str],
-        get: Callable[[str], Tensor],
-        config: Mapping[str, Any],
-        wish: SpinQuantConfig,
-        seed: int,
-    ) -> None:
+    stream: Rotation | None = None
+    values: Callable[[str], Rotation] | None = None
+    smooth: Mapping[str, Tensor] = {}
+
+    @classmethod
+    def fixed(cls, config: Mapping[str, Any], wish: SpinQuantConfig, seed: int) -> Turns:
+        """Hadamard's, as `wish` has them for a model of the configuration `config`.
+
+        Raises PlanError when they do not divide its dimensions.
+        """
+        stream = values = None
+        if wish.fused_stream:
+            stream = _possible(wish, "r1", int(config["hidden_size"]), seed)
+        if wish.r2:
+            found = _possible(replace(wish, rotation_size=None), "r2", head_dim(config), seed)
+
+            def values(_: str) -> Rotation:
+                return found
+
+        return cls(stream, values)
+
+
+class Fusion:
+    """What `turns` do to each tensor of a model.
+
+    names: of all its tensors. get: reads one. changes: name -> what is done, one after the other.
+    """
+
+    def __init__(self, names: Collection[str], get: Callable[[str], Tensor], turns: Turns) -> None:
         self._names, self._get = names, get
         self.changes: dict[str, list[Change]] = {}
         # First the stream: what it does to rows and columns does not meet what values do to the others.
-        if wish.fused_stream:
-            self._turn_stream(_possible(wish, "r1", int(config["hidden_size"]), seed))
-        if wish.r2:
-            self._turn_values(_possible(replace(wish, rotation_size=None), "r2", head_dim(config), seed))
+        if turns.stream is not None:
+            self._turn_stream(turns.stream)
+        for norm, factors in turns.smooth.items():
+            self._smooth(norm, factors)
+        if turns.values is not None:
+            self._turn_values(turns.values)
+
+    def norms(self, layers: Collection[str]) -> list[str]:
+        """The norms of the stream that are read by weights of `layers`."""
+        return [name for name in self._names if not set(layers).isdisjoint(self._readers(name))]
 
     def _add(self, name: str, change: Change) -> None:
         if name in self._names:
@@ -81,6 +110,12 @@ class Fusion:
                     "online_r1_rotation=True, which turns inputs at run time"
                 )
 
+    def _smooth(self, norm: str, factors: Tensor) -> None:
+        """`factors` between a norm and its readers."""
+        self._add(norm, lambda w: w / factors)
+        for reader in self._readers(norm):
+            self._add(reader, lambda w: w * factors)
+
     def _readers(self, norm: str) -> list[str]:
         """The weights that take up that of `norm`; none when it is no norm of the stream."""
         block, _, last = norm.removesuffix(".weight").rpartition(".")
@@ -92,13 +127,15 @@ class Fusion:
         biases = tuple(f"{reader}.bias" for readers in NORM_READERS.values() for reader in readers)
         return name.endswith(biases) or re.sub(r"\.(weight|bias)$", "", name).endswith(INDIFFERENT)
 
-    def _turn_values(self, turn: Rotation) -> None:
+    def _turn_values(self, turn_of: Callable[[str], Rotation]) -> None:
         """R2, from the rows of v_proj to the columns of o_proj."""
         for name in self._names:
-            if name.endswith(".v_proj.weight"):
-                self._add(name, turn.down)
-            elif name.endswith((".v_proj.bias", ".o_proj.weight")):
-                self._add(name, turn)
+            module, _, kind = name.rpartition(".")
+            attention, _, layer = module.rpartition(".")
+            if (layer, kind) == ("v_proj", "weight"):
+                self._add(name, turn_of(attention).down)
+            elif (layer, kind) in (("v_proj", "bias"), ("o_proj", "weight")):
+                self._add(name, turn_of(attention))
 
 
 def _possible(wish: SpinQuantConfig, place: str, channels: int, seed: int) -> Rotation:
@@ -111,38 +148,53 @@ def _possible(wish: SpinQuantConfig, place: str, channels: int, seed: int) -> Ro
     return found
 
 
-def fused(files: ModelFiles, tree: nn.Module, wish: SpinQuantConfig, seed: int) -> ModelFiles:
+def fused(
+    files: ModelFiles, tree: nn.Module, wish: SpinQuantConfig, seed: int, trained: Turns | None = None
+) -> ModelFiles:
     """`files` and `tree` with the rotations of `wish` that weights take up; a live `tree` is changed in place.
 
-    Raises PlanError where the architecture has no room for them.
+    trained: in the place of Hadamard's. Raises PlanError where the architecture has no room for them.
     """
-    _check_known(str(tree.config.model_type), wish)  # type: ignore[union-attr]
+    check_known(str(tree.config.model_type), wish)  # type: ignore[union-attr]
     config = dict(files.config)
+    turns = Turns.fixed(config, wish, seed) if trained is None else trained
     if wish.fused_stream:
-        _untie(tree)
+        untie(tree)
         config["tie_word_embeddings"] = False
     if files.folder is None:
-        _change_live(tree, config, wish, seed)
+        _change_live(tree, turns)
         return replace(files, config=config)
     names, added = files.store.infos, {}
     if wish.fused_stream and HEAD not in names:
         added[HEAD] = next(name for name in names if name.endswith(EMBEDDING))
-    changes = Fusion([*names, *added], files.store.get, config, wish, seed).changes
-    store = turned_store(files.store, changes, repr((wish, seed)), added)
+    changes = Fusion([*names, *added], files.store.get, turns).changes
+    told = repr((wish, seed)) if trained is None else f"{wish} {_told(trained, changes)}"
+    store = turned_store(files.store, changes, told, added)
     return replace(files, store=store, config=config)
 
 
+def _told(turns: Turns, changed: Iterable[str]) -> str:
+    """What tells trained rotations from others, for fingerprints."""
+    parts = [] if turns.stream is None else [turns.stream.told()]
+    if turns.values is not None:
+        parts += [
+            turns.values(name.rpartition(".v_proj.")[0]).told() for name in changed if ".v_proj." in name
+        ]
+    parts += [str(crc32(factors.numpy().tobytes())) for factors in turns.smooth.values()]
+    return " ".join(parts)
+
+
 @torch.no_grad()
-def _change_live(tree: nn.Module, config: Mapping[str, Any], wish: SpinQuantConfig, seed: int) -> None:
+def _change_live(tree: nn.Module, turns: Turns) -> None:
     state = tree.state_dict()
-    for name, steps in Fusion(state, state.__getitem__, config, wish, seed).changes.items():
+    for name, steps in Fusion(state, state.__getitem__, turns).changes.items():
         found = state[name].detach().float()
         for step in steps:
             found = step(found)
         state[name].copy_(found)
 
 
-def _check_known(kind: str, wish: SpinQuantConfig) -> None:
+def check_known(kind: str, wish: SpinQuantConfig) -> None:
     """Raise PlanError for an architecture that was not seen to take up the rotations of `wish`."""
     tables = (
         (wish.fused_stream, "R1", quirks.PLAIN_STREAMS),
@@ -157,7 +209,7 @@ def _check_known(kind: str, wish: SpinQuantConfig) -> None:
             )
 
 
-def _untie(tree: nn.Module) -> None:
+def untie(tree: nn.Module) -> None:
     """Give the head a weight of its own if it has none."""
     embedding, head = tree.get_input_embeddings(), tree.get_output_embeddings()  # type: ignore[operator]
     name = next(name for name, module in tree.named_modules() if module is head)

@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-BACKENDS = ("cpu", "ark", "torch")
+BACKENDS = ("plain", "cpu", "ark", "torch")
+"""The first is the bfloat16 model by transformers alone, which maps its files: what any loading costs."""
 
 
 def make(folder):
@@ -48,7 +49,10 @@ def load(folder, backend):
 
     from auto_round.backends.base import backends
 
-    backends()[backend].prepare()
+    options = {}
+    if backend != "plain":
+        backends()[backend].prepare()
+        options = {"quantization_config": AutoRoundConfig(backend=backend)}
     torch.set_num_threads(1)
     files = list(folder.glob("*.safetensors"))
     read = min(_seconds(lambda: [_read(file) for file in files]) for _ in range(3))
@@ -62,11 +66,7 @@ def load(folder, backend):
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     loaded = []
-    took = _seconds(
-        lambda: loaded.append(
-            AutoModelForCausalLM.from_pretrained(folder, quantization_config=AutoRoundConfig(backend=backend))
-        )
-    )
+    took = _seconds(lambda: loaded.append(AutoModelForCausalLM.from_pretrained(folder, **options)))
     done.set()
     watcher.join()
     size = sum(file.stat().st_size for file in files)
@@ -95,7 +95,7 @@ def main():
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--backend", choices=BACKENDS, help="print the row of this one only")
     given = parser.parse_args()
-    folder = given.work / "W4G128"
+    folder = given.work / ("plain" if given.backend == "plain" else "W4G128")
     if given.backend:
         print(json.dumps(load(folder, given.backend)))
         return

@@ -23,6 +23,7 @@ from auto_round.core.errors import (
 )
 from auto_round.core.patterns import compiled
 from auto_round.formats.reading import described
+from auto_round.inference.convert_model import convert_hf_model
 from auto_round.models.shards import ShardWriter
 
 RTN = {"iters": 0, "disable_opt_rtn": True, "group_size": 32}
@@ -638,3 +639,21 @@ def test_the_tokenizer_of_a_damaged_folder_is_named(model, tmp_path):
     made = AutoRound(model, dataset=["some text " * 50], **TUNED)
     refused(ModelError, [str(model), "tokenizer"], lambda: made.quantize_and_save(tmp_path / "out"))
     assert tokenizer() is not None
+
+
+def test_a_layer_whose_rows_fill_no_words_is_named():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=100, num_hidden_layers=1, num_attention_heads=4, vocab_size=32
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.config.quantization_config = {
+        "quant_method": "auto-round",
+        "bits": 2,
+        "group_size": 32,
+        "sym": True,
+    }
+    with pytest.raises(FormatError, match=r"layers\.0\.mlp\.gate_proj.*100 codes of 2 bits"):
+        convert_hf_model(model)

@@ -24,6 +24,9 @@ from pathlib import Path
 
 SCHEMES = ("W4A16", "W3A16", "W2A16G64", "W2A16G32")
 FLOATS = ("MXFP4", "NVFP4", "MXINT4", "MXFP8", "INT8", "FP8_STATIC", "FP8_BLOCK", "FPW8A16")
+PLAIN, OPTIMISED = ["--iters", "0", "--disable_opt_rtn"], ["--iters", "0", "--enable_opt_rtn"]
+FUSED = '{"r1": true, "r2": true, "online_r1_rotation": false}'
+TRAINED = '{"r1": true, "r2": true, "trainable_rotation": true}'
 RECIPES = {
     "gptq": ["--iters", "0", "--algorithm", "gptq"],
     "rtn": ["--iters", "0", "--disable_opt_rtn"],
@@ -33,22 +36,14 @@ RECIPES = {
     "awq": ["--algorithm", "awq"],
     "short": ["--iters", "50"],
     "turned": ["--iters", "200", "--rotation_type", "hadamard"],
-    "turned_rtn": ["--iters", "0", "--enable_opt_rtn", "--rotation_type", "hadamard"],
-    "quarot_rtn": ["--iters", "0", "--enable_opt_rtn", "--rotation_config", "quarot"],
-    "quarot_r4_rtn": [
-        "--iters",
-        "0",
-        "--enable_opt_rtn",
-        "--rotation_config",
-        '{"r1": true, "r2": true, "r4": true}',
-    ],
-    "fused_rtn": [
-        "--iters",
-        "0",
-        "--enable_opt_rtn",
-        "--rotation_config",
-        '{"r1": true, "r2": true, "online_r1_rotation": false}',
-    ],
+    "turned_rtn": [*OPTIMISED, "--rotation_type", "hadamard"],
+    "quarot_rtn": [*OPTIMISED, "--rotation_config", "quarot"],
+    "quarot_r4_rtn": [*OPTIMISED, "--rotation_config", '{"r1": true, "r2": true, "r4": true}'],
+    "fused_rtn": [*OPTIMISED, "--rotation_config", FUSED],
+    "fused_plain": [*PLAIN, "--rotation_config", FUSED],
+    "trained_rtn": [*OPTIMISED, "--rotation_config", TRAINED],
+    "trained_plain": [*PLAIN, "--rotation_config", TRAINED],
+    "spinquant_plain": [*PLAIN, "--rotation_config", "spinquant"],
 }
 
 

@@ -1,6 +1,7 @@
 """Every backend that runs here against the definition of the integers: relative errors on a grid of layers.
 
     python benchmarks/agreement.py --also ENV/lib/python3.11/site-packages ...    # writes agreement.md
+    TRITON_INTERPRET=1 python benchmarks/agreement.py --only triton:interpreter
 
 The grid: bits x group size x symmetric or not x packing x dtype x shape x bias x rows of input. A product is compared
 with the one in float64 of what the codes stand for; its error is the norm of the difference over the norm of the
@@ -10,6 +11,7 @@ have 8 bits on purpose. `--also` names folders of further packages (auto-round-l
 
 import argparse
 import itertools
+import json
 import sys
 from collections import defaultdict
 from functools import lru_cache
@@ -118,46 +120,48 @@ def _scheme(site):
     return Scheme(weight=site.spec)
 
 
-def table(found):
-    """Lines of the report: a row per backend, bits and dtype."""
-    cells = defaultdict(list)
-    for name, rows in found.items():
-        for point, count, error in rows:
-            cells[name, point.dtype, point.bits].append(
-                (error / explained(point.dtype, point.shape[1]), error, point, count)
-            )
-    yield "| backend | dtype | bits | products | largest error | of what is explained | where |"
-    yield "|---|---|---|---|---|---|---|"
-    for (name, dtype, bits), all_ in cells.items():
+def cells(name, rows):
+    """A row of the report per dtype and bits of a backend."""
+    found = defaultdict(list)
+    for point, count, error in rows:
+        found[point.dtype, point.bits].append(
+            (error / explained(point.dtype, point.shape[1]), error, point, count)
+        )
+    for (dtype, bits), all_ in found.items():
         share, error, point, count = max(all_, key=lambda cell: cell[0])
-        size = " x ".join(map(str, point.shape))
-        signs = "sym" if point.sym else "asym"
+        size, signs = " x ".join(map(str, point.shape)), "sym" if point.sym else "asym"
         where = (
             f"{point.packing.removeprefix('auto_round:')}, {signs}, group {point.group}, {size}, {count} rows"
         )
         kind = str(dtype).removeprefix("torch.")
-        yield f"| {name} | {kind} | {bits} | {len(all_)} | {error:.1e} | {share:.2f} | {where} |"
+        yield {"processor": processor(), "backend": name, "dtype": kind, "bits": bits, "products": len(all_),
+               "error": float(f"{error:.2g}"), "share": round(share, 2), "where": where}  # fmt: skip
 
 
-def report(found, absent):
+def report(rows, absent):
     """The page."""
-    total = sum(map(len, found.values()))
     head = (
         "# Agreement of the backends\n\n"
-        f"Written by `agreement.py`, whose head says what is compared: {total} products on {processor()},\n"
-        f"torch {torch.__version__}. The last but one column is the largest error over what rounding to the dtype\n"
-        "explains: weights and result rounded once, sums in float32. `cpu:int8` rounds inputs to 8 bits, on request\n"
-        "only; the others have to stay at or below 1.\n\n"
+        "Written by `agreement.py`, whose head says what is compared, from `results/agreement.jsonl`:\n"
+        f"{sum(row['products'] for row in rows)} products on {rows[0]['processor']}, torch {torch.__version__}.\n"
+        "The last but one column is the largest error over what rounding to the dtype explains: weights and\n"
+        "result rounded once, sums in float32. `cpu:int8` rounds inputs to 8 bits, on request only; the others\n"
+        "have to stay at or below 1.\n\n"
+        "| backend | dtype | bits | products | largest error | of what is explained | where |\n"
+        "|---|---|---|---|---|---|---|\n"
     )
+    keys = ("backend", "dtype", "bits", "products", "error", "share", "where")
+    lines = "".join(f"| {' | '.join(str(row[key]) for key in keys)} |\n" for row in rows)
     missing = "".join(f"- `{name}`: {reason}\n" for name, reason in absent.items())
-    return head + "\n".join(table(found)) + f"\n\nNot run on this machine:\n\n{missing}"
+    return f"{head}{lines}\nNot run on this machine:\n\n{missing}"
 
 
 def main():
     """Measure and write the page; end with 1 if a backend is above what is explained."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--also", nargs="+", type=Path, default=[], help="folders with further packages")
-    parser.add_argument("--only", nargs="+", help="backends by name; all otherwise")
+    parser.add_argument("--only", nargs="+", help="backends by name; rows of the others stay")
+    parser.add_argument("--rows", type=Path, default=HERE / "results/agreement.jsonl")
     parser.add_argument("--out", type=Path, default=HERE / "agreement.md")
     given = parser.parse_args()
     sys.path.extend(map(str, given.also))
@@ -167,20 +171,24 @@ def main():
     )
     from auto_round.backends.base import backends
 
-    found, absent = {}, {}
+    lines = given.rows.read_text().splitlines() if given.rows.exists() else []
+    rows = [row for row in map(json.loads, lines) if given.only and row["backend"] not in given.only]
+    done, found, absent = {row["backend"] for row in rows}, {}, {}
     for name, backend in backends().items():
-        if given.only and name not in given.only:
+        if name in done:
             continue
         devices = {device for limits in backend.limits for device in limits.devices}
         reason = backend.missing() or ("" if "cpu" in devices else f"runs on {', '.join(sorted(devices))}")
         reason = reason or backend.prepare()
-        if reason:
-            absent[name] = reason
+        if reason or (given.only and name not in given.only):
+            absent[name] = reason or "not asked for"
             continue
         with torch.inference_mode():
             found[name] = list(measured(name, backend))
+        rows += cells(name, found[name])
+        given.rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
         print(name, len(found[name]), "products", flush=True)
-    given.out.write_text(report(found, absent))
+    given.out.write_text(report(rows, absent))
     above = [
         (name, point, rows, error)
         for name, all_ in found.items()

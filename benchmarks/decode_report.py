@@ -97,7 +97,8 @@ def whole(cells):
              "The head stays bfloat16, as it does by default: a fifth of the parameters, half of the bytes per token.",
              "llama.cpp's is quantized, as its types have it.",
              "Tokens per second after a prompt of 8 tokens, and milliseconds for a prompt of 512; batch 1. Rows called",
-             "\"one by one\" were measured before layers with the same input shared a call (decision 0083).", "",
+             "\"one by one\" were measured before layers with the same input shared a call (decision 0083); those of",
+             "AVX-512 VNNI without AMX before prompts took half the time (decision 0103).", "",
              "| threads | kernel | setting | tokens/s | ms for 512 tokens |", "|---|---|---|---|---|"]  # fmt: skip
     lines += [
         f"| {r['threads']} | {r['kernel']} | {r['setting']} | {r['tokens_s']:.1f} | {r['prompt_ms']:.0f} |"

@@ -271,13 +271,13 @@ def test_the_cpu_kernels_give_the_same_bits_with_any_number_of_threads():
 
 def check_tiles(kernels, bits):
     """That `kernels` lay codes as layout.py says, and that it undoes that."""
-    from auto_round.backends.cpu.layout import untile_codes
+    from auto_round.backends.cpu.layout import untile_codes, words_of
 
     rows = kernels.rows()
     codes = torch.randint(
         0, 1 << bits, (17, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
-    tiled = kernels.tile(codes, bits)
+    tiled = kernels.tile(words_of(codes, bits), bits)
     assert tiled.shape == (-(-17 // rows), 2, 4 * rows * bits) and torch.equal(
         untile_codes(tiled, bits, (17, 40)), codes
     )
@@ -285,8 +285,8 @@ def check_tiles(kernels, bits):
         for count in (5, 17, 300):
             noise = torch.Generator().manual_seed(columns)
             others = torch.randint(0, 1 << bits, (count, columns), generator=noise, dtype=torch.uint8)
-            words = packing.pack(others.t(), bits)
-            assert torch.equal(kernels.tile_words(words, bits), kernels.tile(others, bits))
+            made = kernels.tile(packing.pack(others.t(), bits), bits)
+            assert torch.equal(untile_codes(made, bits, (count, columns)), others)
     for row, column in ((0, 0), (3, 17), (8, 39), (16, 12)):
         unit, (q, k) = tiled[row // rows, column // 32].tolist(), divmod(column % 32, 4)
         at = 4 * (row % rows) + k  # byte within a vector
@@ -347,7 +347,10 @@ def test_the_kernels_of_lesser_processors_agree(define):
         columns = torch.arange(128) // 64
         w = (codes.double() - zeros.double()[:, columns]) * scales.double()[:, columns]
         check_tiles(kernels, bits)
-        tiles = (kernels.tile(codes, bits), *(layout.tile_groups(t, tile) for t in (scales, zeros)))
+        tiles = (
+            kernels.tile(layout.words_of(codes, bits), bits),
+            *(layout.tile_groups(t, tile) for t in (scales, zeros)),
+        )
         for dtype, limbs in ((torch.float32, 3), (torch.bfloat16, 2)):
             for rows in (6, 40):
                 x = inputs(rows, 128, dtype)

@@ -87,7 +87,7 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         try:
             # On meta like the layer it replaces: transformers fills its buffers by name.
             built = choice.backend.build(site)
-        except (SchemeError, ValueError) as error:  # the latter: codes that do not fill whole words
+        except ValueError as error:  # SchemeError, and codes that do not fill whole words
             raise FormatError(f"{name}: {error}") from error
         built.transposed = is_conv1d(old)
         setattr(owner, last, built)

@@ -366,11 +366,18 @@ void dequantize(const Weights& w, int64_t first, int64_t last, float* out) {
   });
 }
 
+// Calls `run.operator()<bits>()`.
+template <typename F>
+void by_bits(int64_t bits, const F& run) {
+  TORCH_CHECK(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits must be 2, 3, 4 or 8, got ", bits);
+  if (bits == 2) run.template operator()<2>();
+  else if (bits == 3) run.template operator()<3>();
+  else if (bits == 4) run.template operator()<4>();
+  else run.template operator()<8>();
+}
+
 void dequantize(const Weights& w, int64_t bits, int64_t first, int64_t last, float* out) {
-  if (bits == 2) dequantize<2>(w, first, last, out);
-  else if (bits == 3) dequantize<3>(w, first, last, out);
-  else if (bits == 4) dequantize<4>(w, first, last, out);
-  else dequantize<8>(w, first, last, out);
+  by_bits(bits, [&]<int BITS>() { dequantize<BITS>(w, first, last, out); });
 }
 
 // Many rows of x: some tiles at a time become float32, which torch's matrix library multiplies. See MANY.
@@ -464,59 +471,6 @@ at::Tensor weight(const at::Tensor& codes, const at::Tensor& scales, const std::
   return out.narrow(0, 0, rows).narrow(1, 0, columns);
 }
 
-// The vectors of a unit, a code to a byte, as layout.py says they are stored.
-template <int BITS>
-void pack(const uint8_t* v, uint8_t* out) {
-  if constexpr (BITS == 8) {
-    std::memcpy(out, v, QUADS * VECTOR);
-  } else if constexpr (BITS == 4) {
-    for (int j = 0; j < 4; ++j)
-      for (int i = 0; i < VECTOR; ++i) out[j * VECTOR + i] = v[2 * j * VECTOR + i] | v[(2 * j + 1) * VECTOR + i] << 4;
-  } else {
-    for (int j = 0; j < 2; ++j)
-      for (int i = 0; i < VECTOR; ++i) {
-        uint8_t byte = 0;
-        UNROLL for (int k = 0; k < 4; ++k) byte |= (v[(4 * j + k) * VECTOR + i] & 3) << 2 * k;
-        out[j * VECTOR + i] = byte;
-      }
-    if constexpr (BITS == 3)
-      for (int i = 0; i < VECTOR; ++i) {
-        uint8_t byte = 0;
-        UNROLL for (int q = 0; q < QUADS; ++q) byte |= (v[q * VECTOR + i] >> 2) << q;
-        out[2 * VECTOR + i] = byte;
-      }
-  }
-}
-
-// (O, I) codes, one to a byte, to (tiles, units, bytes) in the order that the kernels read; what is missing becomes 0.
-at::Tensor tile(const at::Tensor& codes, int64_t bits) {
-  TORCH_CHECK(codes.dim() == 2 && codes.scalar_type() == at::kByte && codes.is_contiguous(), "codes must be (O, I) uint8");
-  TORCH_CHECK(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits must be 2, 3, 4 or 8, got ", bits);
-  const int64_t rows = codes.size(0), columns = codes.size(1);
-  const int64_t tiles = (rows + ROWS - 1) / ROWS, units = (columns + UNIT - 1) / UNIT;
-  const at::Tensor out = at::empty({tiles, units, VECTOR * bits}, codes.options());
-  const uint8_t* from = codes.const_data_ptr<uint8_t>();
-  uint8_t* to = out.mutable_data_ptr<uint8_t>();
-  at::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t)
-      for (int64_t u = 0; u < units; ++u) {
-        alignas(64) uint8_t v[QUADS * VECTOR] = {};
-        const int64_t count = std::min<int64_t>(UNIT, columns - u * UNIT);
-        for (int64_t r = 0; r < std::min<int64_t>(ROWS, rows - t * ROWS); ++r) {
-          uint8_t line[UNIT] = {};
-          std::memcpy(line, from + (t * ROWS + r) * columns + u * UNIT, count);
-          UNROLL for (int q = 0; q < QUADS; ++q) std::memcpy(v + q * VECTOR + 4 * r, line + 4 * q, 4);
-        }
-        uint8_t* unit = to + (t * units + u) * VECTOR * bits;
-        if (bits == 2) pack<2>(v, unit);
-        else if (bits == 3) pack<3>(v, unit);
-        else if (bits == 4) pack<4>(v, unit);
-        else pack<8>(v, unit);
-      }
-  });
-  return out;
-}
-
 // Four codes, the lowest bits of x, to a byte each.
 template <int BITS>
 inline uint32_t spread(uint32_t x) {
@@ -534,7 +488,7 @@ inline uint32_t spread(uint32_t x) {
 // A unit from the words of its rows, BITS of them per row: 32 codes as one stream of bits. The order of layout.py means
 // that vector q has the codes 4q .. 4q+3 of each row in a lane of 32 bits, so every lane is a matter of its own.
 template <int BITS>
-void unit_of_words(const uint32_t (&words)[8][ROWS], uint8_t* out) {
+void unit_of_words(const uint32_t (&words)[BITS][ROWS], uint8_t* out) {
   uint32_t unit[BITS][ROWS];
   for (int r = 0; r < ROWS; ++r) {
     if constexpr (BITS == 8) {
@@ -559,30 +513,28 @@ void unit_of_words(const uint32_t (&words)[8][ROWS], uint8_t* out) {
   std::memcpy(out, unit, sizeof(unit));
 }
 
-// What `tile` makes of the codes in GPTQ's words: (ceil(I * bits / 32), O) int32, each row a stream of bits downwards.
-at::Tensor tile_words(const at::Tensor& words, int64_t bits) {
+// GPTQ's words, (ceil(I * bits / 32), O) int32, each row a stream of bits downwards, to (tiles, units, bytes) in the order
+// that the kernels read; what is missing becomes 0.
+at::Tensor tile(const at::Tensor& words, int64_t bits) {
   TORCH_CHECK(words.dim() == 2 && words.scalar_type() == at::kInt && words.is_contiguous(), "words must be (W, O) int32");
-  TORCH_CHECK(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits must be 2, 3, 4 or 8, got ", bits);
   constexpr int64_t NEAR = 16;  // tiles at a time: 1 KB of each line of words
   const int64_t lines = words.size(0), rows = words.size(1);
-  const int64_t tiles = (rows + ROWS - 1) / ROWS, units = (lines + bits - 1) / bits;
+  const int64_t tiles = (rows + ROWS - 1) / ROWS, units = (lines + bits - 1) / std::max<int64_t>(1, bits);
   const at::Tensor out = at::empty({tiles, units, VECTOR * bits}, words.options().dtype(at::kByte));
   const auto* from = reinterpret_cast<const uint32_t*>(words.const_data_ptr<int32_t>());
   uint8_t* to = out.mutable_data_ptr<uint8_t>();
-  at::parallel_for(0, (tiles + NEAR - 1) / NEAR, 1, [&](int64_t first, int64_t last) {
-    for (int64_t part = first; part < last; ++part)
-      for (int64_t u = 0; u < units; ++u)
-        for (int64_t t = part * NEAR; t < std::min(tiles, (part + 1) * NEAR); ++t) {
-          uint32_t lanes[8][ROWS] = {};
-          const int64_t count = std::min<int64_t>(ROWS, rows - t * ROWS);
-          for (int64_t w = 0; w < std::min(bits, lines - u * bits); ++w)
-            std::memcpy(lanes[w], from + (u * bits + w) * rows + t * ROWS, sizeof(uint32_t) * count);
-          uint8_t* unit = to + (t * units + u) * VECTOR * bits;
-          if (bits == 2) unit_of_words<2>(lanes, unit);
-          else if (bits == 3) unit_of_words<3>(lanes, unit);
-          else if (bits == 4) unit_of_words<4>(lanes, unit);
-          else unit_of_words<8>(lanes, unit);
-        }
+  by_bits(bits, [&]<int BITS>() {
+    at::parallel_for(0, (tiles + NEAR - 1) / NEAR, 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part)
+        for (int64_t u = 0; u < units; ++u)
+          for (int64_t t = part * NEAR; t < std::min(tiles, (part + 1) * NEAR); ++t) {
+            uint32_t lanes[BITS][ROWS] = {};
+            const int64_t count = std::min<int64_t>(ROWS, rows - t * ROWS);
+            for (int64_t w = 0; w < std::min<int64_t>(BITS, lines - u * BITS); ++w)
+              std::memcpy(lanes[w], from + (u * BITS + w) * rows + t * ROWS, sizeof(uint32_t) * count);
+            unit_of_words<BITS>(lanes, to + (t * units + u) * VECTOR * BITS);
+          }
+    });
   });
   return out;
 }
@@ -611,10 +563,8 @@ TORCH_LIBRARY(AUTO_ROUND_LIBRARY, m) {
   m.impl("linear_many", c10::DispatchKey::CPU, &linear_many);
   m.def("weight(Tensor codes, Tensor scales, Tensor? zeros, int bits, int group, int rows, int columns) -> Tensor");
   m.impl("weight", c10::DispatchKey::CPU, &weight);
-  m.def("tile(Tensor codes, int bits) -> Tensor");
+  m.def("tile(Tensor words, int bits) -> Tensor");
   m.impl("tile", c10::DispatchKey::CPU, &tile);
-  m.def("tile_words(Tensor words, int bits) -> Tensor");
-  m.impl("tile_words", c10::DispatchKey::CPU, &tile_words);
   m.def("instructions() -> str", &instructions);
   m.def("rows() -> int", []() -> int64_t { return ROWS; });
 }

@@ -3,7 +3,8 @@
 R, the rows of a tile, is what the kernels' instructions take: 16 with AVX-512, else 8. A unit is eight vectors of 4 R
 bytes; vector q holds columns 4q .. 4q+3 of row 0, then of row 1, and so on. In memory:
 8 bits: the vectors. 4 bits: byte j is v[2j] | v[2j+1] << 4. 2 bits: v[4j] | v[4j+1] << 2 | ... 3 bits: the low two bits
-as for 2 bits, then one vector whose bit q is the high bit of v[q]. kernels.cpp writes this order; here it is undone.
+as for 2 bits, then one vector whose bit q is the high bit of v[q]. kernels.cpp writes this order, from words as GPTQ
+packs them; here it is undone.
 """
 
 from __future__ import annotations
@@ -11,7 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from auto_round.core.bits import pack
+
 UNIT, VECTORS = 32, 8
+
+
+def words_of(codes: Tensor, bits: int) -> Tensor:
+    """(W, O) int32 from (O, I) uint8: what the kernels lay out, up to a whole unit."""
+    return pack(torch.nn.functional.pad(codes, (0, -codes.shape[1] % UNIT)).t(), bits)
 
 
 def untile_codes(tiled: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:

@@ -44,14 +44,11 @@ class CpuLinear(Kernel):
         params = self.checked_grid()
         if params is None:
             q = self.checked()
-            codes, params = (
-                kernels.tile(merge(q.codes, shape, spec.group).contiguous(), spec.bits),
-                dict(q.params),
-            )
+            words, params = layout.words_of(merge(q.codes, shape, spec.group), spec.bits), dict(q.params)
         else:
-            codes = kernels.tile_words(self.qweight.contiguous(), spec.bits)
+            words = self.qweight.contiguous()
         self.replace(
-            codes=codes,
+            codes=kernels.tile(words, spec.bits),
             **{f"{name}s": layout.tile_groups(t.reshape(-1, count), rows) for name, t in params.items()},
         )
 

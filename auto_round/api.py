@@ -120,8 +120,7 @@ class AutoRound:
         kept = Kept()
         check_whole(self.material, "quantize() returns it; quantize_and_save() may do without")
         if self.material.rotator.untrained:
-            self._plan_in_memory()  # what is impossible is said before the work
-            self.material.train_rotations()
+            self.material.train_rotations(self._plan_in_memory())
         model = self.material.live_model()
         plan = self._plan_in_memory()
         self._place([(plan, [])], keeps=True)
@@ -177,7 +176,7 @@ class AutoRound:
         folders: list[str] = []
         with ExitStack() as stack:
             plans = [self.make_plan(group) for group in groups]
-            if self.material.train_rotations():
+            if self.material.train_rotations(plans[0]):
                 plans = [self.make_plan(group) for group in groups]
             self.plan = plans[0]
             reset_peak()

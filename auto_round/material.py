@@ -146,15 +146,15 @@ class Material:
         )
         return open_subject(origin, candidates)
 
-    def train_rotations(self) -> bool:
-        """Find the rotations that weights are to take up from now on. False when there is nothing to train."""
+    def train_rotations(self, plan: Plan) -> bool:
+        """Find the rotations that weights take up from now on, for `plan`. False when there is nothing to train."""
         if not self.rotator.untrained:
             return False
         self._calibration = self._calibration or self.data(required=True)
         assert self._calibration is not None, "data is required"
         upright = self.subject()
         model = self.model if self.model is not None else self._as_read(upright)
-        self.rotator.train(model, upright, self.base, self._calibration)
+        self.rotator.train(model, upright, plan, self._calibration)
         if self.folder is not None:  # what was loaded for this, or to write its own text, is not rotated
             self.model = None
             self.rotator.turns = {}

@@ -21,7 +21,6 @@ from auto_round.core.rotation import (
     rotations_of,
     turned_layers,
 )
-from auto_round.core.scheme import Scheme
 from auto_round.models.absorbing import Turns, fused
 from auto_round.models.device import parse_devices
 from auto_round.models.load import ModelFiles
@@ -64,26 +63,23 @@ class Rotator:
         wish = self.wish
         return isinstance(wish, SpinQuantConfig) and wish.trainable_rotation and self._trained is None
 
-    def train(self, model: nn.Module, subject: Subject, scheme: Scheme, data: Calibration) -> None:
-        """Find the rotations for the layers of `subject`, whose original is `model`, at `scheme`.
+    def train(self, model: nn.Module, subject: Subject, plan: Plan, data: Calibration) -> None:
+        """Find the rotations for the layers of `plan` in `subject`, whose original is `model`.
 
         Raises PlanError when the model does not fit into memory so often.
         """
         assert isinstance(self.wish, SpinQuantConfig), "only these are trained"
-        if scheme.weight is None:
-            raise PlanError("rotation_config: trained rotations need a scheme that quantizes weights")
         device = parse_devices(self._devices).main
-        weights = sum(parameter.numel() for parameter in model.parameters())
-        if device.type == "cpu" and bytes_needed(weights) > available_memory():
+        needed, free = bytes_needed(model, data.tokens.shape[1]), _free(device)
+        if needed > free:
             raise PlanError(
-                f"rotation_config: training rotations takes about {bytes_needed(weights) / 1e9:.1f} GB for this model, "
-                f"and {available_memory() / 1e9:.1f} GB are free. 'quarot' has fixed rotations"
+                f"rotation_config: training rotations takes about {needed / 1e9:.1f} GB for this model and samples of "
+                f"{data.tokens.shape[1]} tokens, and {free / 1e9:.1f} GB are free on {device}. 'quarot' has fixed ones"
             )
-        layers = [(name, layer.parameter) for name, layer in subject.anatomy.layers.items() if layer.block]
-        task = Task(model, scheme, layers, dict(subject.files.config), device)
-        logger.info(
-            "rotations: training %d steps on %d samples, for %s", self.wish.iters, len(data.tokens), scheme
-        )
+        inside = {name: layer for name, layer in subject.anatomy.layers.items() if layer.block}
+        layers = {name: (inside[name].parameter, plan[name]) for name in plan.quantized() if name in inside}
+        logger.info("rotations: training %d steps on %d samples", self.wish.iters, len(data.tokens))
+        task = Task(model, layers, subject.files.config, device)
         self._trained = train(task, self.wish, data, self._seed)
 
     def fuse(self, files: ModelFiles, tree: nn.Module) -> ModelFiles:
@@ -154,3 +150,8 @@ class Rotator:
             weight = layer.matrix(live.get_parameter(layer.parameter))
             values = weight.float()
             weight.copy_(before[name][1].back(values) if name in before else self.turns[name][1](values))
+
+
+def _free(device: torch.device) -> int:
+    """Free bytes of the memory of `device`."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_memory()

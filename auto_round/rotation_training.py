@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,8 +23,9 @@ from torch.func import functional_call
 from auto_round.codecs.base import fake, fake_inputs, stored_inputs
 from auto_round.core.hadamard import Learned, Rotation
 from auto_round.core.rotation import SpinQuantConfig
-from auto_round.core.scheme import Scheme
+from auto_round.core.scheme import Scheme, TensorSpec
 from auto_round.models.absorbing import Fusion, Turns, check_known, untie
+from auto_round.models.turning import changed
 from auto_round.sources.dataset import Calibration
 
 logger = logging.getLogger("auto_round")
@@ -37,25 +40,21 @@ LOOKS = 10
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """model: the original. scheme: of the layers, (layer, its weight's name). config: the model's."""
+    """model: the original. layers: those to quantize -> (their weight's name, scheme). config: the model's."""
 
     model: nn.Module
-    scheme: Scheme
-    layers: Sequence[tuple[str, str]]
-    config: dict[str, Any]
+    layers: Mapping[str, tuple[str, Scheme]]
+    config: Mapping[str, Any]
     device: torch.device
 
 
 class Student:
-    """The model with rotations taken up and layers rounded, as a function of the rotations."""
+    """The model as a function of its tensors, and these as a function of rotations."""
 
     def __init__(self, task: Task) -> None:
         self._task, model = task, task.model
-        tensors = [
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        ]
-        self._tensors = {name: self._ready(tensor) for name, tensor in tensors}
+        parts = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        self._tensors = {name: self._ready(tensor) for name, tensor in chain(*parts)}
         self.names = list(model.state_dict())
 
     def _ready(self, tensor: Tensor) -> Tensor:
@@ -64,56 +63,65 @@ class Student:
 
     def norms(self) -> dict[str, int]:
         """Norm of the stream that rounded layers read -> its channels."""
-        rounded = [weight for _, weight in self._task.layers]
-        found = Fusion(self.names, self._tensors.__getitem__, Turns()).norms(rounded)
+        found = Fusion(self.names, self._tensors.__getitem__, Turns()).norms(
+            [weight for weight, _ in self._task.layers.values()]
+        )
         return {name: self._tensors[name].numel() for name in found}
 
-    def predictions(self, batch: Calibration) -> Tensor:
-        """Log-probabilities of the original, (N, T, V)."""
-        with torch.no_grad():
-            return self._run(self._tensors, batch)
+    def rounded(self, turns: Turns) -> dict[str, Tensor]:
+        """The tensors that change when `turns` are taken up and layers rounded, with gradients as if not rounded."""
+        steps = Fusion(self.names, self._tensors.__getitem__, turns).changes
+        tensors = {name: changed(self._tensors[name], own) for name, own in steps.items()}
+        for name, scheme in self._task.layers.values():
+            whole = tensors.get(name, self._tensors[name])
+            if scheme.weight is not None:
+                # The value is the rounded weight's, the gradient that of the weight.
+                tensors[name] = whole + (fake(whole.detach(), scheme.weight) - whole.detach())
+        return tensors
 
-    def loss(self, turns: Turns, batch: Calibration, wanted: Tensor) -> Tensor:
-        """Mean divergence from `wanted`, nats per token, with `turns` taken up and everything rounded."""
-        tensors = dict(self._tensors)
-        for name, steps in Fusion(self.names, tensors.__getitem__, turns).changes.items():
-            found = self._tensors[name]
-            for step in steps:
-                found = step(found)
-            tensors[name] = found
-        spec = self._task.scheme.weight
-        assert spec is not None, "rotations are trained for a scheme"
-        for _, name in self._task.layers:
-            rotated = tensors[name]
-            # The value is the rounded weight's, the gradient that of the weight.
-            tensors[name] = rotated + (fake(rotated.detach(), spec) - rotated.detach())
+    def loss(self, tensors: Mapping[str, Tensor], sample: Calibration) -> Tensor:
+        """Mean divergence of the model with `tensors` and rounded inputs from the original, nats per token."""
+        with torch.no_grad():
+            wanted = self._run({}, sample)
         with self._rounded_inputs():
-            found = self._run(tensors, batch)
+            found = self._run(tensors, sample)
         each = nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
-        valid = batch.valid
+        valid = sample.valid
         return each.mean() if valid is None else each[valid.to(each.device)].mean()
 
-    def _run(self, tensors: dict[str, Tensor], batch: Calibration) -> Tensor:
+    def gradients(self, tensors: Mapping[str, Tensor], samples: Sequence[Calibration]) -> dict[str, Tensor]:
+        """Of the mean loss over `samples`, in those of `tensors` that need them.
+
+        Sample by sample: predictions of a large vocabulary are what takes the memory.
+        """
+        leaves = {
+            name: tensor.detach().requires_grad_() for name, tensor in tensors.items() if tensor.requires_grad
+        }
+        for sample in samples:
+            (self.loss({**tensors, **leaves}, sample) / len(samples)).backward()
+        return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+    def _run(self, tensors: Mapping[str, Tensor], sample: Calibration) -> Tensor:
+        """Log-probabilities, (N, T, V)."""
         device = self._task.device
-        given = {"input_ids": batch.tokens.to(device), "use_cache": False}
-        if batch.attention_mask is not None:
-            given["attention_mask"] = batch.attention_mask.to(device)
-        logits: Tensor = functional_call(self._task.model, tensors, (), given, tie_weights=False).logits
+        given = {"input_ids": sample.tokens.to(device), "use_cache": False}
+        if sample.attention_mask is not None:
+            given["attention_mask"] = sample.attention_mask.to(device)
+        every = {**self._tensors, **tensors}
+        logits: Tensor = functional_call(self._task.model, every, (), given, tie_weights=False).logits
         return logits.float().log_softmax(-1)
 
     @contextmanager
     def _rounded_inputs(self) -> Iterator[None]:
-        act = self._task.scheme.act
+        def rounded(act: TensorSpec, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            limits = stored_inputs(act, *torch.aminmax(args[0].detach()))
+            return (fake_inputs(args[0], act, limits), *args[1:])
+
         with ExitStack() as stack:
-            for layer, _ in self._task.layers if act is not None else ():
-
-                def rounded(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-                    assert act is not None, "else there is no hook"
-                    limits = stored_inputs(act, *torch.aminmax(args[0].detach()))
-                    return (fake_inputs(args[0], act, limits), *args[1:])
-
-                handle = self._task.model.get_submodule(layer).register_forward_pre_hook(rounded)
-                stack.callback(handle.remove)
+            for layer, (_, scheme) in self._task.layers.items():
+                if scheme.act is not None:
+                    module = self._task.model.get_submodule(layer)
+                    stack.callback(module.register_forward_pre_hook(partial(rounded, scheme.act)).remove)
             yield
 
 
@@ -151,20 +159,17 @@ class Orthogonal:
 class Trained:
     """All that is trained."""
 
-    def __init__(
-        self, student: Student, fixed: Turns, config: dict[str, Any], wish: SpinQuantConfig, task: Task
-    ) -> None:
-        self._wish, hidden = wish, int(config["hidden_size"])
-        self.stream = None if fixed.stream is None else Orthogonal(fixed.stream, hidden, task.device)
+    def __init__(self, task: Task, student: Student, wish: SpinQuantConfig, seed: int) -> None:
+        self._wish, fixed = wish, Turns.fixed(task.config, wish, seed)
+        self.stream = None
+        if fixed.stream is not None:
+            self.stream = Orthogonal(fixed.stream, int(task.config["hidden_size"]), task.device)
         self.values: dict[str, Orthogonal] = {}
         if fixed.values is not None:
-            paths = [
-                name.removesuffix(".v_proj.weight")
-                for name in student.names
-                if name.endswith(".v_proj.weight")
-            ]
-            starts = {path: fixed.values(path) for path in paths}
-            self.values = {path: Orthogonal(start, start.size, task.device) for path, start in starts.items()}
+            ending = ".v_proj.weight"
+            for path in (name.removesuffix(ending) for name in student.names if name.endswith(ending)):
+                start = fixed.values(path)
+                self.values[path] = Orthogonal(start, start.size, task.device)
         norms = student.norms() if wish.trainable_smooth else {}
         self.factors = {
             norm: torch.zeros(channels, device=task.device, requires_grad=True)
@@ -191,11 +196,13 @@ class Trained:
             {norm: factors.detach().exp().cpu() for norm, factors in self.factors.items()},
         )
 
-    def step(self, loss: Tensor, left: float) -> None:
-        """One step down; `left` of the way is before us."""
+    def step(self, student: Student, samples: Sequence[Calibration], left: float) -> None:
+        """One step down the loss over `samples`; `left` of the way is before us."""
         matrices = [*([] if self.stream is None else [self.stream]), *self.values.values()]
-        wanted = [*(matrix.value for matrix in matrices), *self.factors.values()]
-        found = torch.autograd.grad(loss, wanted)
+        trained = [*(matrix.value for matrix in matrices), *self.factors.values()]
+        tensors = student.rounded(self.turns())
+        gradients = student.gradients(tensors, samples)
+        found = torch.autograd.grad([tensors[name] for name in gradients], trained, list(gradients.values()))
         for matrix, gradient in zip(matrices, found):
             matrix.step(gradient, self._wish.lr * left)
         if self._adam is not None:
@@ -215,17 +222,16 @@ def train(task: Task, wish: SpinQuantConfig, data: Calibration, seed: int) -> Tu
     if wish.fused_stream:
         untie(task.model)
     student = Student(task)
-    trained = Trained(student, Turns.fixed(task.config, wish, seed), task.config, wish, task)
-    order = torch.randperm(len(data.tokens), generator=torch.Generator().manual_seed(seed))
-    held = min(JUDGED, len(order) // 4)
-    judges = [_part(data, rows) for rows in (order[:held] if held else order).split(wish.batch_size)]
-    rows, generator = order[held:], torch.Generator().manual_seed(seed)
+    trained = Trained(task, student, wish, seed)
+    generator = torch.Generator().manual_seed(seed)
+    samples = [_sample(data, row) for row in torch.randperm(len(data.tokens), generator=generator).tolist()]
+    held = min(JUDGED, len(samples) // 4)
+    judges, rest = samples[:held] or samples, samples[held:]
     best, start, began = trained.kept(), _judged(student, trained, judges), time.monotonic()
     least = start
     for i in range(wish.iters):
-        chosen = rows[torch.randint(len(rows), (wish.batch_size,), generator=generator)]
-        batch = _part(data, chosen)
-        trained.step(student.loss(trained.turns(), batch, student.predictions(batch)), 1 - i / wish.iters)
+        chosen = torch.randint(len(rest), (wish.batch_size,), generator=generator).tolist()
+        trained.step(student, [rest[row] for row in chosen], 1 - i / wish.iters)
         if (i + 1) % max(1, wish.iters // LOOKS) == 0 or i + 1 == wish.iters:
             now = _judged(student, trained, judges)
             left = (time.monotonic() - began) / (i + 1) * (wish.iters - i - 1)
@@ -238,18 +244,22 @@ def train(task: Task, wish: SpinQuantConfig, data: Calibration, seed: int) -> Tu
     return best
 
 
-def _part(data: Calibration, rows: Tensor) -> Calibration:
+def _sample(data: Calibration, row: int) -> Calibration:
     mask = data.attention_mask
-    return Calibration(data.tokens[rows], None if mask is None else mask[rows])
+    return Calibration(data.tokens[row : row + 1], None if mask is None else mask[row : row + 1])
 
 
 @torch.no_grad()
-def _judged(student: Student, trained: Trained, batches: Sequence[Calibration]) -> float:
+def _judged(student: Student, trained: Trained, samples: Sequence[Calibration]) -> float:
     """Divergence on samples that train nothing."""
-    losses = [student.loss(trained.turns(), batch, student.predictions(batch)) for batch in batches]
-    return float(torch.stack(losses).mean())
+    tensors = student.rounded(trained.turns())
+    return float(torch.stack([student.loss(tensors, sample) for sample in samples]).mean())
 
 
-def bytes_needed(weights: int) -> int:
-    """Of memory, for a model of so many weights: in float32, rotated, rounded, and a gradient."""
-    return 4 * 4 * weights
+def bytes_needed(model: nn.Module, length: int) -> int:
+    """Of memory, to train on samples of `length` tokens: each weight in float32, turned, rounded and as a gradient, and
+    what one sample leaves behind in the blocks and in five tables of predictions."""
+    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    block = 16 * config.hidden_size + 6 * config.intermediate_size
+    return int(4 * (5 * weights + length * (5 * config.vocab_size + config.num_hidden_layers * block)))

@@ -616,7 +616,6 @@ def test_rotations_that_were_trained_for_run_time_are_not_misread():
     ("name", "options", "said"),
     [
         ("gemma2", {}, "'gemma2' models"),
-        ("llama", {"scheme": "BF16", "group_size": None}, "quantizes weights"),
     ],
 )
 def test_training_that_cannot_be_is_refused(name, options, said, tmp_path):
@@ -629,6 +628,33 @@ def test_training_that_cannot_be_is_refused(name, options, said, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_training_rounds_each_layer_as_the_plan_has_it(tmp_path, monkeypatch):
+    tiny("llama", tmp_path / "model")
+    seen = []
+
+    def no_training(task, wish, data, seed):
+        seen.append(task)
+        return Turns.fixed(task.config, wish, seed)
+
+    monkeypatch.setattr("auto_round.rotating.train", no_training)
+    chosen = {"layer_config": {"down_proj": {"bits": 4}}, "ignore_layers": "layers.1.mlp", "nsamples": 4}
+    job = AutoRound(
+        tmp_path / "model", rotation_config=TRAINED, dataset=samples(4), seqlen=32, **chosen, **RTN
+    )
+    job.quantize_and_save(tmp_path / "out")
+    layers = {name: scheme.weight.bits for name, (_, scheme) in seen[0].layers.items()}
+    assert len(seen) == 1 and layers.keys() == set(job.plan.quantized()) and len(layers) == 11
+    assert {name for name, bits in layers.items() if bits == 4} == {"model.layers.0.mlp.down_proj"}
+
+
+def test_ggml_types_and_their_fallbacks_are_trained_for(tmp_path):
+    tiny("llama", tmp_path / "model")
+    data = {"dataset": samples(8), "seqlen": 32, "nsamples": 8, "iters": 0, "device_map": "cpu"}
+    job = AutoRound(tmp_path / "model", format="gguf:q4_k_m", rotation_config=TRAINED, **data)
+    job.quantize_and_save(tmp_path / "out")
+    assert list((tmp_path / "out").glob("*.gguf"))
+
+
 def test_training_needs_data_and_memory(tmp_path, monkeypatch):
     tiny("llama", tmp_path / "model")
     with pytest.raises(AutoRoundError, match="nsamples=0"):
@@ -637,7 +663,7 @@ def test_training_needs_data_and_memory(tmp_path, monkeypatch):
         )
     monkeypatch.setattr("auto_round.rotating.available_memory", lambda: 1000)
     data = {"dataset": samples(4), "seqlen": 32, "nsamples": 4}
-    with pytest.raises(PlanError, match="GB are free"):
+    with pytest.raises(PlanError, match=r"samples of 32 tokens.*GB are free on cpu"):
         AutoRound(tmp_path / "model", rotation_config=TRAINED, **data, **RTN).quantize_and_save(
             tmp_path / "out"
         )

@@ -20,7 +20,7 @@ from auto_round.core.rotation import SpinQuantConfig, head_dim
 from auto_round.models import quirks
 from auto_round.models.anatomy import ties
 from auto_round.models.load import ModelFiles
-from auto_round.models.turning import Change, turned_store
+from auto_round.models.turning import Change, changed, turned_store
 
 EMBEDDING, HEAD, LAST_NORM = "embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 NORM_READERS = {
@@ -173,13 +173,11 @@ def fused(
     return replace(files, store=store, config=config)
 
 
-def _told(turns: Turns, changed: Iterable[str]) -> str:
+def _told(turns: Turns, names: Iterable[str]) -> str:
     """What tells trained rotations from others, for fingerprints."""
     parts = [] if turns.stream is None else [turns.stream.told()]
     if turns.values is not None:
-        parts += [
-            turns.values(name.rpartition(".v_proj.")[0]).told() for name in changed if ".v_proj." in name
-        ]
+        parts += [turns.values(name.rpartition(".v_proj.")[0]).told() for name in names if ".v_proj." in name]
     parts += [str(crc32(factors.numpy().tobytes())) for factors in turns.smooth.values()]
     return " ".join(parts)
 
@@ -188,10 +186,7 @@ def _told(turns: Turns, changed: Iterable[str]) -> str:
 def _change_live(tree: nn.Module, turns: Turns) -> None:
     state = tree.state_dict()
     for name, steps in Fusion(state, state.__getitem__, turns).changes.items():
-        found = state[name].detach().float()
-        for step in steps:
-            found = step(found)
-        state[name].copy_(found)
+        state[name].copy_(changed(state[name].detach(), steps))
 
 
 def check_known(kind: str, wish: SpinQuantConfig) -> None:

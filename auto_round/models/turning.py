@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,14 @@ from auto_round.models.experts import ExpertStore
 
 Change = Callable[[Tensor], Tensor]
 """Of a tensor in float32."""
+
+
+def changed(tensor: Tensor, changes: Iterable[Change]) -> Tensor:
+    """`tensor` in float32 after `changes`, one after the other."""
+    found = tensor.float()
+    for change in changes:
+        found = change(found)
+    return found
 
 
 class Turned(View):
@@ -54,10 +62,7 @@ class Turned(View):
         found = self.raw.get(self._source(name))
         if name not in self._changes:
             return found
-        changed = found.float()
-        for change in self._changes[name]:
-            changed = change(changed)
-        return changed.to(found.dtype)
+        return changed(found, self._changes[name]).to(found.dtype)
 
     def row(self, name: str, index: int) -> Tensor:
         """One entry of the first dimension."""

@@ -29,8 +29,8 @@ FUSED = '{"r1": true, "r2": true, "online_r1_rotation": false}'
 TRAINED = '{"r1": true, "r2": true, "trainable_rotation": true}'
 RECIPES = {
     "gptq": ["--iters", "0", "--algorithm", "gptq"],
-    "rtn": ["--iters", "0", "--disable_opt_rtn"],
-    "opt_rtn": ["--iters", "0", "--enable_opt_rtn"],
+    "rtn": PLAIN,
+    "opt_rtn": OPTIMISED,
     "light": ["--iters", "50", "--lr", "5e-3"],
     "default": ["--iters", "200"],
     "awq": ["--algorithm", "awq"],

@@ -100,20 +100,20 @@ def main():
     logging.getLogger("auto_round").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     lines = options.out.read_text().splitlines() if options.out and options.out.exists() else []
-    known = {(row["type"], row["by"]) for row in map(json.loads, lines)}
+    known = {(row["model"], row["type"], row["by"]) for row in map(json.loads, lines)}
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     ids = compare.tokens(options.heldout, transformers.AutoTokenizer.from_pretrained(options.model), 16)
     with torch.no_grad():
         original = torch.cat([model(input_ids=row[None]).logits for row in ids])
     for type_ in options.types.split(","):
         for who, (command, environment) in sides(options, type_, "OUT").items():
-            if (type_, who) in known:
+            if (options.model.name, type_, who) in known:
                 continue
             with tempfile.TemporaryDirectory() as place:
                 words = [place if word == "OUT" else word for word in command]
                 seconds = measured(words, **environment)
                 (path,) = Path(place).rglob("*.gguf")
-                row = {"type": type_, "by": who}
+                row = {"model": options.model.name, "type": type_, "by": who}
                 row |= compare.judged(options.llama, path, ids, original, Path(place))
                 row["cpu_seconds"] = seconds
             print(json.dumps(row), flush=True)

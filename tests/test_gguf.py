@@ -13,6 +13,7 @@ import torch
 from auto_round import AutoRound
 from auto_round.core.errors import AutoRoundError, DataError, FormatError, ModelError, OutputError, PlanError
 from auto_round.formats.base import formats
+from auto_round.jobs import gguf_export
 from auto_round.models.imatrix import Origin, read_imatrix, write_imatrix
 from tests import models
 
@@ -246,7 +247,7 @@ def test_an_existing_file_is_replaced_only_by_a_whole_one(llama, tmp_path, monke
     made(llama, tmp_path)
     (path,) = tmp_path.glob("*.gguf")
     before = path.read_bytes()
-    monkeypatch.setattr(gguf, "GGUFReader", lambda path: (_ for _ in ()).throw(OSError("broken")))
+    monkeypatch.setattr(gguf_export, "header_of", lambda path: (_ for _ in ()).throw(OSError("broken")))
     with pytest.raises(OutputError, match="broken"):
         made(llama, tmp_path)
     assert path.read_bytes() == before

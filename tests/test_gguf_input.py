@@ -19,7 +19,7 @@ from auto_round.cli.main import execute
 from auto_round.core.errors import ModelError
 from auto_round.models import load
 from auto_round.models.gguf_config import CONTEXTS
-from auto_round.models.gguf_file import GgufFile
+from auto_round.models.gguf_file import GgufFile, header_of
 from tests import models
 from tests.models import GEMMA_LIKE, KINDS, LLAMA_LIKE, MOES
 
@@ -410,6 +410,35 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(file, tmp_path):
     tensor = max(opened.tensors.values(), key=lambda tensor: tensor.offset)
     with pytest.raises(ModelError, match="ends within a tensor"):
         tensor.read(0, tensor.rows)
+
+
+@pytest.mark.parametrize("order", ["LITTLE", "BIG"])
+def test_lists_of_every_kind_read_as_the_package_reads_them(tmp_path, order):
+    path = tmp_path / "lists.gguf"
+    writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian[order])
+    lists = {
+        "words": ["", "a", "ü\n" * 50],
+        "numbers": [1, -2, 3],
+        "floats": [0.5, 1e30],
+        "flags": [True, False],
+    }
+    for key, values in lists.items():
+        writer.add_array(key, values)
+    writer.add_array("nested", [[1, 2], [3, 4]])
+    writer.add_string("behind", "them")
+    writer.add_tensor("x", np.arange(8, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours, theirs = header_of(path), gguf.GGUFReader(path)
+    assert list(ours.fields) == list(theirs.fields) and {*lists, "nested", "behind"} <= ours.fields.keys()
+    for key, entry in ours.fields.items():
+        assert entry.contents() == theirs.fields[key].contents()
+        assert entry.types == theirs.fields[key].types
+    assert [(t.name, t.data_offset) for t in ours.tensors] == [
+        (t.name, t.data_offset) for t in theirs.tensors
+    ]
 
 
 @pytest.mark.parametrize("seed", range(12))

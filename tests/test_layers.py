@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "auto_round"
 ORDER = [
     "core",
     "codecs",
+    "stacks",
     "models",
     "formats",
     "sources",

@@ -5,7 +5,7 @@ import torch
 
 from auto_round.core.scheme import TensorSpec
 from auto_round.sources.moments import Moments
-from auto_round.steps.base import Stack
+from auto_round.stacks.stack import Stack
 from auto_round.steps.gptq import rounded_in_order
 
 

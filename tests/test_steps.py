@@ -11,9 +11,11 @@ from auto_round.core.plan import Plan
 from auto_round.core.scheme import Scheme, TensorSpec
 from auto_round.jobs.starts import start
 from auto_round.sources.base import Block
-from auto_round.steps.base import BlockReport, Stack, output_loss
+from auto_round.stacks import columns
+from auto_round.stacks.refit import refit
+from auto_round.stacks.stack import Stack
+from auto_round.steps.base import BlockReport, output_loss
 from auto_round.steps.gptq import DAMPING, Gptq, feedback, rounded_in_order, swept
-from auto_round.steps.refit import Refit
 from auto_round.steps.sign_round import SignRound
 
 SPECS = [
@@ -60,11 +62,11 @@ def plan_of(block, spec):
     return Plan({name: Scheme(weight=spec) for name in shapes}, shapes=shapes, base=Scheme(weight=spec))
 
 
-def stack_of(spec, seed=0, columns=48):
+def stack_of(spec, seed=0, columns=48, rows=12):
     """One layer with correlated inputs."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(300, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
-    w = torch.randn(12, columns, generator=generator) * 0.1
+    w = torch.randn(rows, columns, generator=generator) * 0.1
     return Stack({"layer": w}, x.t() @ x, spec, {})
 
 
@@ -114,7 +116,7 @@ def test_each_step_of_the_start_lowers_the_output_error(spec):
         made = {name: fake(w, spec, knobs.get(name, {})) - w for name, w in block.weights.items()}
         errors.append(sum(((d @ block._gram) * d).sum().item() for d in made.values()))
     assert all(after <= before * 1.001 for before, after in itertools.pairwise(errors)), errors
-    assert errors[2] < 0.85 * errors[1] and errors[-1] < 0.75 * errors[1], errors
+    assert errors[-1] < 0.75 * errors[1], errors
 
 
 def knobs_after(block, spec, steps):
@@ -163,7 +165,7 @@ def test_what_a_stack_says_is_what_the_codec_makes(spec):
 def test_sweeping_stops_at_a_weight_that_no_single_change_improves():
     stack = stack_of(TensorSpec(bits=2, group=16))
     for _ in range(20):
-        stack.offer(swept(stack))
+        stack.offer(swept(stack, stack.fake))
     lowest = stack.loss(stack.fake)
     grids = stack.columns()
     for j in (0, 7, 40):
@@ -176,26 +178,61 @@ def test_sweeping_stops_at_a_weight_that_no_single_change_improves():
 
 def test_a_refit_keeps_the_codes_and_finds_the_least_squares_scales():
     spec = TensorSpec(bits=3, group=16, scale_dtype="float32")
-    block = Linears()
-    plan = plan_of(block, spec)
-    knobs = Refit().block(block, plan, {}, BlockReport())
-    for name, w in block.weights.items():
-        codes = fake(w, spec) / torch.stack(
-            [g["scale"] for g in Stack({name: w}, block._gram, spec, {}).columns()], 1
-        ).repeat_interleave(16, 1)
-        row = 5
-        parts = torch.zeros(48, 3)
-        for g in range(3):
-            parts[g * 16 : g * 16 + 16, g] = codes[row, g * 16 : g * 16 + 16]
-        root = torch.linalg.cholesky(block._gram.double()).t()
-        best = torch.linalg.lstsq(
-            root @ parts.double(), (root @ w[row].double()).unsqueeze(1)
-        ).solution.squeeze(1)
-        scales = knobs[name]["scale"].reshape(48, 3)[row]
-        torch.testing.assert_close(scales.double(), best, rtol=1e-2, atol=1e-6)
+    stack = stack_of(spec)
+    root = torch.linalg.cholesky(stack.gram.double()).t()
+    before, codes = stack.loss(stack.fake), stack.fake / by_column(stack)
+    refit(stack)
+    torch.testing.assert_close(stack.fake, codes * by_column(stack))
+    for row in range(len(codes)):
+        parts = torch.block_diag(*codes[row].double().view(-1, 16, 1))  # a column for each group
+        best = torch.linalg.lstsq(root @ parts, (root @ stack.weight[row].double()).unsqueeze(1)).solution
         torch.testing.assert_close(
-            fake(w, spec, knobs[name])[row], parts.sum(1) * scales.repeat_interleave(16)
+            by_column(stack)[row, ::16].double(), best.squeeze(1), rtol=1e-2, atol=1e-6
         )
+    assert (stack.loss(stack.fake) < before).all()
+
+
+def by_column(stack):
+    """The scale of every weight."""
+    return torch.stack([grid["scale"] for grid in stack.columns()], 1).repeat_interleave(stack.size, 1)
+
+
+COMPENSATED = [spec for spec in dict.fromkeys(EVERY.values()) if codec_of(spec).compensates(spec)]
+
+
+@pytest.mark.parametrize("rows, width", [(1, 512), (130, 256)])
+@pytest.mark.parametrize("spec", [*COMPENSATED, *SPECS], ids=str)
+def test_compiled_columns_and_their_torch_twin_find_the_same(spec, rows, width, monkeypatch):
+    width -= 0 if isinstance(codec_of(spec), BlockCodec) else 5  # the last group is shorter
+    if columns.library(columns.SOURCE) is None:
+        pytest.skip("there is no C compiler")
+    found = []
+    for served in (columns._served, lambda stack: False):
+        monkeypatch.setattr(columns, "_served", served)
+        stack = stack_of(spec, columns=width, rows=rows)
+        first = rounded_in_order(stack)
+        stack.offer(first)
+        after = swept(stack, stack.fake)
+        system, slope = columns.normal_equations(stack, slice(0, rows))
+        refit(stack)
+        found.append((first, after, system, slope, stack.loss(stack.fake)))
+    (first, after, system, slope, loss), (*positions, twin_system, twin_slope, twin_loss) = found
+    for ours, twin in zip((first, after), positions):
+        # Near a tie a weight may go the other way, and then all that make up for it.
+        differ = (ours - twin).abs().gt(1e-3 * twin.abs().amax()).any(1)
+        assert differ.sum() <= max(1, rows // 4)
+    if torch.equal(stack.rounded(first), stack.rounded(positions[0])):
+        torch.testing.assert_close(system, twin_system, rtol=1e-3, atol=1e-4 * system.abs().max().item())
+        torch.testing.assert_close(slope, twin_slope, rtol=1e-3, atol=1e-4 * slope.abs().max().item())
+    torch.testing.assert_close(loss.sum(), twin_loss.sum(), rtol=0.05, atol=0)
+
+
+def test_a_stack_of_no_power_at_all_is_rounded_plainly():
+    stack = Stack({"layer": torch.randn(5, 48)}, torch.zeros(48, 48), TensorSpec(bits=2, group=16), {})
+    plain = stack.fake
+    stack.offer(swept(stack, stack.rounded(rounded_in_order(stack))))
+    refit(stack)
+    assert torch.equal(stack.fake, plain)
 
 
 def test_dead_and_dependent_channels_leave_everything_finite():

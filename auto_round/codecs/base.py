@@ -15,6 +15,7 @@ from auto_round.core.errors import SchemeError, nearest
 from auto_round.core.groups import split
 from auto_round.core.quantized import NEUTRAL, Knob, Knobs, Quantized
 from auto_round.core.registry import discover
+from auto_round.core.rounding import Ruler
 from auto_round.core.scheme import FLOAT, Group, Scheme, TensorSpec
 
 
@@ -93,6 +94,10 @@ class Codec(ABC):
         """The representable values nearest to `values`, given their grid as `load` gives it, broadcast to `values`."""
         raise SchemeError(f"{self.name} cannot hold a grid")
 
+    def ruler(self, spec: TensorSpec, grid: Knobs) -> Ruler:
+        """The same values for compiled loops, which may take the other one at a tie."""
+        raise SchemeError(f"{self.name} cannot hold a grid")
+
     def offsets(self, change: Tensor, spec: TensorSpec, grid: Knobs, groups: Tensor) -> Knobs:
         """Knobs that make `quantize` round `groups` + `change`, (G, K) each, in the place of `groups`."""
         raise SchemeError(f"{self.name} cannot hold a grid")
@@ -110,7 +115,10 @@ class Codec(ABC):
         raise SchemeError(f"{self.name} cannot hold a grid")
 
     def parts(self, values: Tensor, spec: TensorSpec, grid: Knobs) -> dict[str, Tensor]:
-        """`values` (G, K) on a grid as a sum: for each parameter that may be refitted, the part in proportion to it."""
+        """`values` (G, K) on a grid as a sum: for each parameter that may be refitted, the part in proportion to it.
+
+        A part that is the same throughout a group is (G, 1).
+        """
         return {"scale": values}
 
     def shared(self, spec: TensorSpec) -> int:

@@ -16,7 +16,7 @@ from auto_round.core.errors import SchemeError
 from auto_round.core.fitting import half
 from auto_round.core.native import address, in_threads, library
 from auto_round.core.quantized import NEUTRAL, Knob, Knobs, Quantized
-from auto_round.core.rounding import straight_through
+from auto_round.core.rounding import Ruler, straight_through
 from auto_round.core.scheme import Scheme, TensorSpec
 
 
@@ -194,6 +194,12 @@ class BlockCodec(Codec):
         level = _ratio(values, step, low, None).round_().clamp_(*self.levels).mul_(step)
         return level if low is None else level.add_(low)
 
+    def ruler(self, spec: TensorSpec, grid: Knobs) -> Ruler:
+        """Levels on the lines of groups."""
+        step, low = self._lines(grid)
+        least, most = self.levels
+        return Ruler(step=step, least=float(least), most=float(most), low=0.0 if low is None else low)
+
     def offsets(self, change: Tensor, spec: TensorSpec, grid: Knobs, groups: Tensor) -> Knobs:
         """The rounding offset, in steps."""
         return {"round": _ratio(change, self._lines(grid)[0], None, None)}
@@ -212,7 +218,7 @@ class BlockCodec(Codec):
         if low is None:
             return {"scale": values}
         offset = next(name for name in self.stored if name in ("min", "offset"))
-        return {"scale": values - low, offset: low.expand_as(values)}
+        return {"scale": values - low, offset: low}
 
     def _lines(self, grid: Knobs) -> tuple[Tensor, Tensor | None]:
         """(step, low) in the shape of the grid's parameters, whatever it is."""

@@ -13,6 +13,7 @@ from auto_round.core import rows
 from auto_round.core.groups import group_count, group_size, merge, split
 from auto_round.core.minifloat import Best, MiniFloat, scaled
 from auto_round.core.quantized import NEUTRAL, Knob, Knobs, Quantized
+from auto_round.core.rounding import Ruler
 from auto_round.core.scheme import TensorSpec
 
 
@@ -58,6 +59,11 @@ class ElementCodec(Codec):
         """The nearest element, times the scale."""
         scale = self.multiplier(grid)
         return self.element(spec).near(values / scale).mul_(scale)
+
+    def ruler(self, spec: TensorSpec, grid: Knobs) -> Ruler:
+        """Elements."""
+        element = self.element(spec)
+        return Ruler(step=self.multiplier(grid), least=-element.top, most=element.top, element=element)
 
     def offsets(self, change: Tensor, spec: TensorSpec, grid: Knobs, groups: Tensor) -> Knobs:
         """The rounding offset, in steps of the element at each value."""

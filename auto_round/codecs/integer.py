@@ -31,7 +31,7 @@ from auto_round.core.integer_grid import (
 from auto_round.core.integer_search import refined, swept
 from auto_round.core.layouts import middle
 from auto_round.core.quantized import NEUTRAL, Knob, Knobs, Quantized
-from auto_round.core.rounding import STORAGE
+from auto_round.core.rounding import STORAGE, Ruler
 from auto_round.core.scheme import Scheme, TensorSpec
 
 MIN_BITS, MAX_BITS = 2, 8
@@ -139,6 +139,11 @@ class Integer(Codec):
         """scale * (nearest code - zero)."""
         here = Grid(grid["scale"], grid.get("zero", float(middle(spec))))
         return codes_on(values, here, spec, None).sub_(here.zero).mul_(here.scale)
+
+    def ruler(self, spec: TensorSpec, grid: Knobs) -> Ruler:
+        """Codes less their zero point."""
+        zero = grid.get("zero", float(middle(spec)))
+        return Ruler(step=grid["scale"], least=-zero, most=top(spec) - zero)
 
     def offsets(self, change: Tensor, spec: TensorSpec, grid: Knobs, groups: Tensor) -> Knobs:
         """The rounding offset, in codes."""

@@ -24,6 +24,7 @@ from auto_round.core.quantized import Quantized
 from auto_round.formats.base import Format, Provenance
 from auto_round.jobs import folders
 from auto_round.jobs.gguf_header import add, header_values, making_of, model_name, size_label, write_origin
+from auto_round.models.gguf_file import header_of
 from auto_round.models.gguf_metadata import (
     block_count,
     computed_tensors,
@@ -334,13 +335,9 @@ class GgufWriter(AbstractContextManager["GgufWriter"]):
 
     def _verify(self) -> None:
         """Open the files as any reader would and compare every tensor with what was handed in."""
-        import gguf
-
         places: dict[str, tuple[Path, int]] = {}
         for path in sorted(self._staging.glob("*.gguf")):
-            places |= {
-                tensor.name: (path, int(tensor.data_offset)) for tensor in gguf.GGUFReader(path).tensors
-            }
+            places |= {tensor.name: (path, int(tensor.data_offset)) for tensor in header_of(path).tensors}
         for stored, expected in self._hashes.items():
             target = self._target_of[stored]
             (path, offset), (start, size) = places[target.name], target.part(stored)

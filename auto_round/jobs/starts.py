@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from auto_round.steps.base import Step
 from auto_round.steps.gptq import Gptq
-from auto_round.steps.refit import Refit
 from auto_round.steps.search import Search
+
+ROUNDS = 2  # of codes and scales in turn
 
 
 def start(kind: str) -> list[Step]:
@@ -14,8 +15,7 @@ def start(kind: str) -> list[Step]:
     "rounding" is for what is not tuned afterwards: ranges, and codes too for the data types that ask for it.
     """
     if kind == "gptq":
-        return [Search(brief=True), Gptq(), Refit(), Gptq(), Refit()]
+        return [Search(brief=True), Gptq(rounds=ROUNDS, refits=True)]
     if kind == "rounding":
-        twice = [step for _ in range(2) for step in (Gptq(selective=True), Refit(selective=True))]
-        return [Search(selective=True), *twice]
+        return [Search(selective=True), Gptq(rounds=ROUNDS, refits=True, selective=True)]
     return [Search()] if kind == "search" else []

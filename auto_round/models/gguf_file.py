@@ -10,6 +10,8 @@ import hashlib
 import math
 import os
 import re
+import struct
+import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -70,7 +72,7 @@ class GgufFile:
         self.values: dict[str, Any] = {}
         self.tensors: dict[str, Stored] = {}
         for path in paths:
-            reader = _reader(path)
+            reader = header_of(path)
             file = os.open(path, os.O_RDONLY)
             weakref.finalize(self, os.close, file)
             # The first part has the model's values; those of the others only say which part they are.
@@ -115,14 +117,15 @@ def gguf_files(folder: Path) -> list[Path]:
     return parts_of(found[0]) if len(models) == 1 else []
 
 
-def _reader(path: Path) -> Any:
+def header_of(path: Path) -> Any:
     """The package's reader of `path`. Raises ModelError for a file that is damaged or cut off."""
     try:
         import gguf
     except ImportError as error:
         raise ModelError(f"{path}: reading it needs the gguf package: pip install gguf") from error
 
-    # Over private methods of the package (gguf 0.19): it maps the file and checks no length. Drop when it does.
+    # Over private methods of the package (gguf 0.19): it maps the file, checks no length, and takes seconds for the
+    # lists of a vocabulary. Drop when it does better.
     class Bounded(gguf.GGUFReader):
         """Beyond the end there is an error; without one, a damaged length makes the reader go on for years."""
 
@@ -132,11 +135,38 @@ def _reader(path: Path) -> Any:
             return super()._get(offset, dtype, count, override_order)
 
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-            if raw_type == gguf.GGUFValueType.ARRAY:
-                length = int(self._get(orig_offs + 4, np.uint64)[0])
-                if length > MOST:
-                    raise ValueError(f"a list of {length} values")
-            return super()._get_field_parts(orig_offs, raw_type)
+            if raw_type != gguf.GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            begin = int(orig_offs) + 12
+            kind, length = self._get(begin - 12, np.uint32), self._get(begin - 8, np.uint64)
+            count, item = int(length[0]), gguf.GGUFValueType(kind[0])
+            if count > MOST:
+                raise ValueError(f"a list of {count} values")
+            if item == gguf.GGUFValueType.STRING:
+                parts = self._strings(begin, count)
+                size = 8 * count + sum(len(part) for part in parts)
+            elif item in self.gguf_scalar_to_np:
+                parts = [self._get(begin, self.gguf_scalar_to_np[item], count)] if count else []
+                size = sum(part.nbytes for part in parts)
+            else:
+                return super()._get_field_parts(orig_offs, raw_type)
+            types = [gguf.GGUFValueType.ARRAY, item] if count else [gguf.GGUFValueType.ARRAY]
+            return 12 + size, [kind, length, *parts], list(range(2, 2 + len(parts))), types
+
+        def _strings(self, begin: int, count: int) -> list[Any]:
+            """The bytes of `count` strings, each behind its length."""
+            raw, size = self.data.data, struct.Struct("@Q")
+            if self.byte_order == "S":
+                size = struct.Struct(">Q" if sys.byteorder == "little" else "<Q")
+            found = []
+            for _ in range(count):
+                end = begin + 8
+                end += size.unpack_from(raw, begin)[0] if end <= len(raw) else 1
+                if end > len(raw):
+                    raise ValueError("it ends within a list of strings")
+                found.append(np.frombuffer(raw[begin + 8 : end], np.uint8))
+                begin = end
+            return found
 
     try:
         return Bounded(path)

@@ -11,6 +11,9 @@ DOUBT = 3
 """Tokens per channel that make correlations half as good as known. 1 to 8 are alike on texts like the calibration's; on
 others, 3 to 4 are a tenth better than 1 at two bits (decision 101)."""
 
+RUN = 256
+"""Channels whose sums with all that follow are one product of matrices."""
+
 
 class Moments:
     """X'X of the inputs X (N, I) that were added: (I, I), or its diagonal (I,) when not `whole`."""
@@ -27,7 +30,9 @@ class Moments:
         self._tokens += len(x)
         with torch.autocast(x.device.type, enabled=False):
             if self._sum.ndim == 2:
-                self._sum.addmm_(x.t(), x)
+                # From the diagonal on: the rest is the same mirrored, and is filled in when the sums are looked at.
+                for rows in self._runs():
+                    self._sum[rows, rows.start :].addmm_(x[:, rows].t(), x[:, rows.start :])
             else:
                 self._sum.add_(x.square().sum(0))
 
@@ -45,9 +50,16 @@ class Moments:
         if not self._settled and self._sum.ndim == 2 and self._tokens:
             own = self._sum.diagonal().clone()
             weight = self._tokens / (self._tokens + DOUBT * len(own))
+            for rows in self._runs():
+                self._sum[rows.stop :, rows] = self._sum[rows, rows.stop :].t()
             self._sum.mul_(weight).diagonal().copy_(own)
         self._settled = True
         return self._sum
+
+    def _runs(self) -> list[slice]:
+        """The rows of the sums, some at a time."""
+        width = len(self._sum)
+        return [slice(start, min(start + RUN, width)) for start in range(0, width, RUN)]
 
 
 def sharing(moments: Mapping[str, Moments]) -> list[tuple[str, ...]]:

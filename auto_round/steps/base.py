@@ -10,10 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from auto_round.codecs.base import codec_of, fake
-from auto_round.core.groups import group_size, merge, split
+from auto_round.codecs.base import fake
 from auto_round.core.plan import Plan
-from auto_round.core.quantized import NEUTRAL, Knobs, Quantized
+from auto_round.core.quantized import NEUTRAL, Knobs
 from auto_round.core.scheme import TensorSpec
 from auto_round.sources.base import Block, Needs, Source
 
@@ -70,129 +69,6 @@ def fakes_of(block: Block, plan: Plan, knobs: Mapping[str, Knobs]) -> dict[str, 
         name: fake(block.weights[name].float(), spec, knobs.get(name, NEUTRAL))
         for name, spec in specs_of(block, plan).items()
     }
-
-
-class Stack:
-    """Layers of one spec with the same inputs, row upon row: what a method that goes by layers works on at once.
-
-    weight: (R, I) float32, the rows of all layers. gram: (I, I), X'X of their inputs. grid: what `quantize` stored
-    beside the codes, (G, 1) each. moved: what is rounded on it in the place of weight, (R, I); fake: what it becomes.
-    """
-
-    def __init__(
-        self, weights: Mapping[str, Tensor], gram: Tensor, spec: TensorSpec, knobs: Mapping[str, Knobs]
-    ) -> None:
-        self.gram, self.spec, self._codec = gram, spec, codec_of(spec)
-        self._before = {name: knobs.get(name, NEUTRAL) for name in weights}
-        self.weight = torch.cat([weight.float() for weight in weights.values()])
-        self.size = group_size((1, self.weight.shape[1]), spec.group)  # -1, or more than a row, is the row
-        made = [self._codec.quantize(weights[name], spec, own) for name, own in self._before.items()]
-        self.fake = torch.cat([self._codec.dequantize(q) for q in made])
-        grids = [self._loaded(q) for q in made]
-        self.grid = {key: torch.cat([grid[key] for grid in grids]) for key in grids[0]}
-        self._rows = [len(weight) for weight in weights.values()]
-        self.moved = torch.cat(
-            [self._moved(weights[n], own, q) for (n, own), q in zip(self._before.items(), made)]
-        )
-
-    def _moved(self, weight: Tensor, knobs: Knobs, q: Quantized) -> Tensor:
-        groups = split(weight.float(), self.spec.group)
-        change = self._codec.change(knobs, self.spec, self._loaded(q), groups)
-        return merge(groups + change, q.shape, self.spec.group)
-
-    def _loaded(self, q: Quantized) -> dict[str, Tensor]:
-        """The grid of `q`, (G, 1) each."""
-        count = len(q.codes)
-        loaded = self._codec.load(q.params, self.spec)
-        return {key: value.reshape(-1, 1).expand(count, 1) for key, value in loaded.items()}
-
-    def columns(self) -> list[Knobs]:
-        """The grid of each column of groups, (R,) each."""
-        rows = len(self.weight)
-        apart = {key: value.reshape(rows, -1).t().contiguous() for key, value in self.grid.items()}
-        return [{key: value[j] for key, value in apart.items()} for j in range(len(apart["scale"]))]
-
-    def snap(self, values: Tensor, grid: Knobs) -> Tensor:
-        """What can be stored nearest to `values`."""
-        # The codec's own rounding, so that what is compared here is what `quantize` will make of the knobs.
-        found = self._codec.snap(values, self.spec, grid)
-        assert found is not None, "a stack is made of layers whose codec can hold a grid"
-        return found
-
-    def parts(self, values: Tensor) -> dict[str, Tensor]:
-        """`values` (R, I) as a sum with a part, (R, I), for each parameter of the grid that may be refitted."""
-        shape = (self.weight.shape[0], self.weight.shape[1])
-        apart = self._codec.parts(split(values, self.spec.group), self.spec, self.grid)
-        return {key: merge(part, shape, self.spec.group) for key, part in apart.items()}
-
-    @property
-    def shared(self) -> int:
-        """Groups of a row, side by side, that share each of those parameters."""
-        return self._codec.shared(self.spec)
-
-    def rescale(self, factors: Mapping[str, Tensor]) -> None:
-        """Offer the parameters of `parts` times factors (G, 1), as stored, with the codes that there are."""
-        grid = {
-            key: self._codec.storable(self.grid[key] * factor, self.spec) for key, factor in factors.items()
-        }
-        apart = self._codec.parts(split(self.moved, self.spec.group), self.spec, self.grid)
-        moved = torch.stack([apart[key] * factor for key, factor in factors.items()]).sum(0)
-        self.offer(merge(moved, (self.weight.shape[0], self.weight.shape[1]), self.spec.group), grid)
-
-    def loss(self, fake: Tensor) -> Tensor:
-        """Output error of each row with the weight `fake`: the diagonal of D gram D', (R, 1)."""
-        difference = fake - self.weight
-        return ((difference @ self.gram) * difference).sum(1, keepdim=True)
-
-    def offer(self, moved: Tensor, changed: Knobs = NEUTRAL) -> None:
-        """Take `moved` (R, I), rounded on the grid with what is `changed`, in the rows where it has less error."""
-        grid = {**self.grid, **changed}
-        shape = (self.weight.shape[0], self.weight.shape[1])
-        fake = merge(self.snap(split(moved, self.spec.group), grid), shape, self.spec.group)
-        # Row by row: rows of a layer do not depend on one another, so each keeps its own best.
-        better = self.loss(fake) < self.loss(self.fake)
-        self.fake, self.moved = torch.where(better, fake, self.fake), torch.where(better, moved, self.moved)
-        chosen = better.repeat_interleave(len(grid["scale"]) // shape[0], 0)
-        self.grid = {key: torch.where(chosen, value, self.grid[key]) for key, value in grid.items()}
-
-    def knobs(self) -> dict[str, Knobs]:
-        """Layer -> its knobs, with the grid and the offsets found."""
-        groups = split(self.weight, self.spec.group)
-        change = split(self.moved, self.spec.group) - groups
-        offsets = self._codec.offsets(change, self.spec, self.grid, groups)
-        every = {**self._codec.held(self.grid, self.spec), **offsets}
-        parts = {key: self._apart(value) for key, value in every.items()}
-        return {
-            name: {**own, **{key: part[i] for key, part in parts.items()}}
-            for i, (name, own) in enumerate(self._before.items())
-        }
-
-    def _apart(self, value: Tensor) -> list[Tensor]:
-        """`value` by layer; each row has the same number of entries."""
-        each = len(value) // len(self.weight)
-        return list(value.split([rows * each for rows in self._rows]))
-
-
-def stacks_of(
-    block: Block, plan: Plan, knobs: Mapping[str, Knobs], *, selective: bool = False
-) -> list[Stack]:
-    """The layers of `block` that have a Gram matrix, and a codec and groups that can hold a grid.
-
-    selective: of these, only the layers whose codec asks for it.
-    """
-    alike: dict[tuple[int, TensorSpec], list[str]] = {}
-    grams: dict[int, Tensor] = {}
-    for name, spec in specs_of(block, plan).items():
-        gram, codec = block.importance(name), codec_of(spec)
-        wanted = codec.compensates(spec) if selective else codec.holds_grid(spec)
-        if gram is not None and gram.ndim == 2 and wanted:
-            # Layers with the very same input share one Gram matrix, found by the identity of the tensor.
-            grams[id(gram)] = gram
-            alike.setdefault((id(gram), spec), []).append(name)
-    return [
-        Stack({name: block.weights[name] for name in names}, grams[key], spec, knobs)
-        for (key, spec), names in alike.items()
-    ]
 
 
 def output_loss(out: Tensor, target: Tensor, valid: Tensor | None, trim: float = 0.0) -> Tensor:

@@ -7,44 +7,71 @@ gives GPTQ's codes; tuning may start there, and changes first the weights that l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from auto_round.codecs.base import codec_of
 from auto_round.core.plan import Plan
 from auto_round.core.quantized import Knobs
+from auto_round.core.scheme import TensorSpec
 from auto_round.sources.base import Block, Needs
-from auto_round.steps.base import BlockReport, Stack, Step, stacks_of
+from auto_round.stacks.columns import in_turn
+from auto_round.stacks.refit import refit
+from auto_round.stacks.stack import Stack
+from auto_round.steps.base import BlockReport, Step, specs_of
 
 DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean second moment, tried in turn until H can be inverted
-COLUMNS = 64  # columns whose errors are passed on to the rest at once
 
 
 @dataclass(kw_only=True)
 class Gptq(Step):
     """Rounding offsets of least output error per layer, kept in the rows where they lower it.
 
-    sweeps: passes of coordinate descent afterwards, in which each column is rounded anew given all others.
+    rounds: how often. refits: whether scales are fitted to the codes after each round, by least squares.
     selective: only for layers whose codec asks for it.
     """
 
-    sweeps: int = 1
+    rounds: int = 1
+    refits: bool = False
     selective: bool = False
     needs: Needs = Needs.STATISTICS
 
     def block(
         self, block: Block, plan: Plan, knobs: dict[str, Knobs], report: BlockReport
     ) -> dict[str, Knobs]:
-        """`knobs` with offsets for the layers that have a grid and a Gram matrix."""
+        """`knobs` with offsets, and refitted scales, for the layers that have a grid and a Gram matrix."""
         found = dict(knobs)
         for stack in stacks_of(block, plan, knobs, selective=self.selective):
-            stack.offer(rounded_in_order(stack))
-            for _ in range(self.sweeps):
-                stack.offer(swept(stack))
+            for _ in range(self.rounds):
+                stack.offer(swept(stack, stack.rounded(rounded_in_order(stack))))
+                if self.refits:
+                    refit(stack)
             found |= stack.knobs()
             report.kept = "gptq"
         return found
+
+
+def stacks_of(block: Block, plan: Plan, knobs: Mapping[str, Knobs], *, selective: bool) -> list[Stack]:
+    """The layers of `block` that have a Gram matrix, and a codec and groups that can hold a grid.
+
+    selective: of these, only the layers whose codec asks for it.
+    """
+    alike: dict[tuple[int, TensorSpec], list[str]] = {}
+    grams: dict[int, Tensor] = {}
+    for name, spec in specs_of(block, plan).items():
+        gram, codec = block.importance(name), codec_of(spec)
+        wanted = codec.compensates(spec) if selective else codec.holds_grid(spec)
+        if gram is not None and gram.ndim == 2 and wanted:
+            # Layers with the very same input share one Gram matrix, found by the identity of the tensor.
+            grams[id(gram)] = gram
+            alike.setdefault((id(gram), spec), []).append(name)
+    return [
+        Stack({name: block.weights[name] for name in names}, grams[key], spec, knobs)
+        for (key, spec), names in alike.items()
+    ]
 
 
 def feedback(gram: Tensor) -> Tensor:
@@ -67,45 +94,24 @@ def feedback(gram: Tensor) -> Tensor:
 
 
 def rounded_in_order(stack: Stack) -> Tensor:
-    """What each weight had become when it was its turn to be rounded, (R, I).
+    """What each weight had become when it was its turn to be rounded, (R, I). Eq. 2 and 3 of arXiv:2210.17323."""
+    order = _loudest_first(stack)
+    return in_turn(stack, order, feedback(stack.gram[order][:, order]).t())
 
-    Eq. 2 and 3 of arXiv:2210.17323, with the lazy updates of its section 3.3.
+
+def swept(stack: Stack, fake: Tensor) -> Tensor:
+    """What each weight would best be, given what all others are rounded to, at first `fake`; in turn, (R, I).
+
+    The minimum of tr(D gram D') in column j is where d_j = -sum_i gram[j, i] d_i / gram[j, j] over the others.
     """
-    # The loudest channels first, while there are still many others to make up for their errors.
-    order = stack.gram.diagonal().argsort(descending=True)
-    takes, grids = feedback(stack.gram[order][:, order]), stack.columns()
-    # Columns as rows of memory, since they are worked on one at a time.
-    weight, places = stack.weight.t()[order], (order // stack.size).tolist()
-    wanted = weight.clone()
-    for start, end in _parts(len(wanted)):
-        errors = torch.empty_like(wanted[start:end])
-        for j in range(start, end):
-            wanted[j].addmv_(errors[: j - start].t(), takes[start:j, j])
-            errors[j - start] = weight[j] - stack.snap(wanted[j], grids[places[j]])
-        # Once per part: a matrix product in place of many passes over what is left.
-        wanted[end:].addmm_(takes[start:end, end:].t(), errors)
-    return wanted[order.argsort()].t()
+    order = _loudest_first(stack)
+    gram = stack.gram[order][:, order]
+    power = gram.diagonal().unsqueeze(1)
+    # Without any input, every weight is as good: plain rounding.
+    takes = torch.where(power > 0, gram / power.clamp(min=1e-30), torch.zeros_like(gram)).fill_diagonal_(0)
+    return in_turn(stack, order, takes, fake)
 
 
-def swept(stack: Stack) -> Tensor:
-    """What each weight would best be, given what all others are rounded to; one column after the other, (R, I)."""
-    order = stack.gram.diagonal().argsort(descending=True)
-    gram, grids, places = stack.gram[order][:, order], stack.columns(), (order // stack.size).tolist()
-    values = stack.fake.t()[order]
-    # Half the gradient of tr(D H D') in D; a row for each column.
-    slope = gram @ (values - stack.weight.t()[order])
-    wanted = values.clone()
-    alive = int((gram.diagonal() > 0).sum())  # without any input, every weight is as good
-    for start, end in _parts(alive):
-        moves = torch.empty_like(values[start:end])
-        for j in range(start, end):
-            slope[j].addmv_(moves[: j - start].t(), gram[start:j, j])
-            wanted[j] -= slope[j] / gram[j, j]
-            moves[j - start] = stack.snap(wanted[j], grids[places[j]]) - values[j]
-        slope[end:].addmm_(gram[start:end, end:].t(), moves)
-    return wanted[order.argsort()].t()
-
-
-def _parts(count: int) -> list[tuple[int, int]]:
-    """`count` columns in parts of `COLUMNS`: (first, last + 1)."""
-    return [(start, min(start + COLUMNS, count)) for start in range(0, count, COLUMNS)]
+def _loudest_first(stack: Stack) -> Tensor:
+    """Channels by power: the first have many others that make up for their errors."""
+    return stack.gram.diagonal().argsort(descending=True)

@@ -30,12 +30,13 @@ NOVELIST = HERE.parent.parent / "examples" / "novelist-8m"
 LENGTH = 256  # tokens of a sequence
 
 
-def tokens(path, tokenizer, count):
-    """(count, LENGTH) token ids of a .jsonl of texts, or of plain text."""
+def tokens(path, tokenizer, count, spread=False):
+    """(count, LENGTH) token ids of a .jsonl of texts, or of plain text: its beginning, or windows all over it."""
     text = path.read_text()
     texts = [json.loads(line)["text"] for line in text.splitlines()] if path.suffix == ".jsonl" else [text]
     ids = [i for one in texts for i in tokenizer(one)["input_ids"]]
-    return torch.tensor(ids[: count * LENGTH]).reshape(count, LENGTH)
+    step = len(ids) // count if spread else LENGTH
+    return torch.tensor([ids[start : start + LENGTH] for start in range(0, count * step, step)])
 
 
 @torch.no_grad()
@@ -66,15 +67,17 @@ def judged(python, path, ids, original, folder):
     """KL, agreement of the first choice, bits per weight of a file."""
     np.save(folder / "ids.npy", ids.numpy())
     run(python, "logits", path, folder / "ids.npy", folder / "out.npy")
-    p, q = (
-        original.double().log_softmax(-1),
-        torch.from_numpy(np.load(folder / "out.npy")).double().log_softmax(-1),
-    )
+    found = np.load(folder / "out.npy", mmap_mode="r")
+    divergence, agreement = [], []
+    for ours, theirs in zip(original, found):  # row by row: a large vocabulary in float64 is gigabytes
+        p, q = (x.double().log_softmax(-1) for x in (ours, torch.from_numpy(theirs.copy())))
+        divergence.append((p.exp() * (p - q)).sum(-1))
+        agreement.append((p.argmax(-1) == q.argmax(-1)).double())
     reader = gguf.GGUFReader(path)
     weights = sum(int(t.n_elements) for t in reader.tensors)
     return {
-        "kl": round((p.exp() * (p - q)).sum(-1).mean().item(), 6),
-        "top1": round((p.argmax(-1) == q.argmax(-1)).double().mean().item(), 4),
+        "kl": round(torch.cat(divergence).mean().item(), 6),
+        "top1": round(torch.cat(agreement).mean().item(), 4),
         "bpw": round(8 * sum(int(t.n_bytes) for t in reader.tensors) / weights, 3),
     }
 
@@ -177,7 +180,7 @@ def main():
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     calibration = tokens(options.calibration, tokenizer, options.nsamples)
-    ids = tokens(options.heldout, tokenizer, options.samples)
+    ids = tokens(options.heldout, tokenizer, options.samples, spread=True)
     names = Names(ARCHITECTURES[model.config.architectures[0]], model.config.num_hidden_layers)
     with torch.no_grad():
         original = torch.cat([model(input_ids=row[None]).logits for row in ids])

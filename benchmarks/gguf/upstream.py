@@ -70,12 +70,20 @@ def sides(options, type_, out):
         "0",
     ]
     own += ["--dataset", options.calibration, "--output_dir", out]
-    own += [word for name, number in NUMBERS.items() for word in (f"--{name}", number)]
+
+    def ours(*more, **numbers):
+        return [
+            *own,
+            *more,
+            *(word for item in {**NUMBERS, **numbers}.items() for word in (f"--{item[0]}", item[1])),
+        ]
+
     theirs = [options.upstream, __file__, "--peer", options.model, type_, options.calibration, out]
     return {
         "upstream": (theirs, {"PYTHONPATH": paths}),
-        "ours": (own, {}),
-        "ours, searched": ([*own, "--start", "search"], {}),
+        "ours": (ours(), {}),
+        "ours, 8 samples": (ours(nsamples=8), {}),
+        "ours, searched": (ours("--start", "search"), {}),
     }
 
 
@@ -91,6 +99,7 @@ def main():
     parser.add_argument("--calibration", type=Path, default=NOVELIST / "calibration.jsonl")
     parser.add_argument("--heldout", type=Path, default=NOVELIST / "heldout.jsonl")
     parser.add_argument("--types", default="q4_k_m,q4_0,q3_k_m,q2_k_s")
+    parser.add_argument("--samples", type=int, default=16, help="held-out sequences of 256 tokens")
     parser.add_argument("--out", type=Path, help="rows are added; those that are there are not made again")
     options = parser.parse_args()
     import compare
@@ -102,7 +111,8 @@ def main():
     lines = options.out.read_text().splitlines() if options.out and options.out.exists() else []
     known = {(row["model"], row["type"], row["by"]) for row in map(json.loads, lines)}
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    ids = compare.tokens(options.heldout, transformers.AutoTokenizer.from_pretrained(options.model), 16)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    ids = compare.tokens(options.heldout, tokenizer, options.samples, spread=True)
     with torch.no_grad():
         original = torch.cat([model(input_ids=row[None]).logits for row in ids])
     for type_ in options.types.split(","):

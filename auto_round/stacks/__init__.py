@@ -1,0 +1,1 @@
+"""Layers side by side, rounded together by what their inputs are like."""

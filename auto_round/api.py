@@ -22,6 +22,7 @@ from auto_round.formats.base import Format, formats, parse_formats, sharing_a_pl
 from auto_round.jobs.auto_scheme import Mix
 from auto_round.jobs.budget import Chosen, parse_duration, within
 from auto_round.jobs.export import CheckpointWriter
+from auto_round.jobs.folders import claimed
 from auto_round.jobs.journal import Journal, Resumed, earlier_steps
 from auto_round.jobs.limits import KeptWithin
 from auto_round.jobs.manifest import manifest
@@ -147,9 +148,9 @@ class AutoRound:
             for name in self.plan.quantized():
                 if held[name].weight is None:
                     raise FormatError(f"{name}: {held.why[name]}, so {fmt.name} cannot hold it")
-        with open_writers(
-            self.material, Path(output_dir), formats, self.plan, several=len(formats) > 1
-        ) as writers:
+        folder = Path(output_dir)
+        opened = open_writers(self.material, folder, formats, self.plan, several=len(formats) > 1)
+        with claimed(folder), opened as writers:
             for name, q in self._kept.layers.items():
                 for writer in writers:
                     writer.add(name, q)
@@ -175,6 +176,7 @@ class AutoRound:
             raise PlanError("resume: a run with several GGUF types keeps no journal; make them one by one")
         folders: list[str] = []
         with ExitStack() as stack:
+            stack.enter_context(claimed(Path(output_dir)))
             plans = [self.make_plan(group) for group in groups]
             if self.material.train_rotations(plans[0]):
                 plans = [self.make_plan(group) for group in groups]

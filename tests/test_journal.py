@@ -14,6 +14,7 @@ from models import samples, tiny
 
 from auto_round import AutoRound
 from auto_round.core.errors import AutoRoundError, OutputError, PlanError
+from auto_round.jobs.folders import claimed
 from auto_round.jobs.journal import JOURNAL, Journal
 
 TUNED = {"iters": 2, "nsamples": 4, "seqlen": 16, "batch_size": 2, "group_size": 32, "disable_opt_rtn": True}
@@ -224,6 +225,43 @@ def test_a_job_may_resume_into_other_formats(model, tmp_path):
     run(model, tmp_path / "out", resume=True, fmt="auto_gptq")
     run(model, tmp_path / "whole", fmt="auto_gptq")
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+class Second:
+    """An observer that starts another job into the same folder once the first block is done."""
+
+    def __init__(self, start):
+        self.start, self.refusal = start, None
+
+    def started(self, plan, blocks):
+        pass
+
+    def finished(self, result):
+        if self.refusal is None:
+            with pytest.raises(OutputError) as caught:
+                self.start()
+            self.refusal = str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{}, RTN], ids=["tuned", "streamed"])
+def test_a_second_job_in_the_same_folder_is_refused_and_disturbs_nothing(model, tmp_path, options):
+    run(model, tmp_path / "whole", **options)
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    second = Second(lambda: run(model, tmp_path / "link", **options, seed=1))
+    run(model, tmp_path / "out", second, **options)
+    assert "another job is writing there" in second.refusal
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+    run(model, tmp_path / "out", **options)  # the folder is free again
+
+
+def test_a_killed_job_keeps_no_claim_to_its_folder(tmp_path):
+    child = os.fork()
+    if child == 0:
+        with claimed(tmp_path):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    with claimed(tmp_path), pytest.raises(OutputError), claimed(tmp_path):
+        pass
 
 
 def test_nothing_to_resume_is_a_fresh_run(model, tmp_path):

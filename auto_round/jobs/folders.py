@@ -5,10 +5,39 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from auto_round.core.errors import OutputError
+
 PIECE = 1 << 20
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other jobs of this machine out of `folder` meanwhile. Raises OutputError when one is there already.
+
+    A process that dies gives up its claim: there is nothing to clean up.
+    """
+    # Not inside the folder, which may not exist yet, and where a file would be left behind.
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"auto_round-{os.getuid() if hasattr(os, 'getuid') else ''}-{name}.lock"
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise OutputError(
+            f"output folder {folder}: another job is writing there; wait for it, or choose another --output_dir"
+        ) from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: afterwards it may be somebody else's
+        lock.release()
 
 
 def missing(folder: Path) -> list[Path]:

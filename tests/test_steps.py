@@ -213,7 +213,7 @@ def test_compiled_columns_and_their_torch_twin_find_the_same(spec, rows, width, 
         first = rounded_in_order(stack)
         stack.offer(first)
         after = swept(stack, stack.fake)
-        system, slope = columns.normal_equations(stack, slice(0, rows))
+        system, slope = columns.normal_equations(stack, stack.parts(stack.fake), slice(0, rows))
         refit(stack)
         found.append((first, after, system, slope, stack.loss(stack.fake)))
     (first, after, system, slope, loss), (*positions, twin_system, twin_slope, twin_loss) = found

@@ -25,7 +25,9 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     # Not inside the folder, which may not exist yet, and where a file would be left behind.
     name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-    path = Path(tempfile.gettempdir()) / f"auto_round-{os.getuid() if hasattr(os, 'getuid') else ''}-{name}.lock"
+    path = (
+        Path(tempfile.gettempdir()) / f"auto_round-{os.getuid() if hasattr(os, 'getuid') else ''}-{name}.lock"
+    )
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

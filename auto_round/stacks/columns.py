@@ -7,7 +7,7 @@ specification. The two differ by the order of sums, and where a weight lies in t
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -50,13 +50,14 @@ def in_turn(stack: Stack, order: Tensor, takes: Tensor, start: Tensor | None = N
     return wanted[order.argsort()].t()
 
 
-def normal_equations(stack: Stack, chosen: slice) -> tuple[Tensor, Tensor]:
+def normal_equations(stack: Stack, parts: Mapping[str, Tensor], chosen: slice) -> tuple[Tensor, Tensor]:
     """F gram F' (R, U, U) and F gram d' (R, U) of the `chosen` rows: half of curvature and slope of their loss.
 
     d is the error of a row, and F_u that part of its fake weight which is in proportion to unknown u: there is one for
     every part and group or, where groups share their parameters, for these together; those of a part are neighbours.
+    parts: of the fake weight, all rows, as `Stack.parts` has them.
     """
-    parts = {key: part[chosen] for key, part in stack.parts(stack.fake).items()}
+    parts = {key: part[chosen] for key, part in parts.items()}
     # Of a part that is the same throughout a group, sums over the group's columns are all that matters.
     summed = {key: part.shape[1] != len(stack.gram) for key, part in parts.items()}
     sums = _by_group(stack.gram, stack.size) if any(summed.values()) else stack.gram
@@ -128,7 +129,7 @@ def _compiled_turns(stack: Stack, order: Tensor, takes: Tensor, start: Tensor | 
 
 
 def _compiled_equations(
-    stack: Stack, error: Tensor, parts: dict[str, Tensor], grams: dict[str, Tensor]
+    stack: Stack, error: Tensor, parts: Mapping[str, Tensor], grams: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     functions, error = library(SOURCE), _plain(error)
     assert functions is not None

@@ -151,7 +151,7 @@ class Sizing:
         )  # fmt: skip
         return Wish(
             subject=material.subject(), devices=devices, batch=numbers.batch_size,
-            samples=len(data.tokens) if data is not None else numbers.nsamples, iters=numbers.iters,
+            samples=len(data.tokens) if data is not None else material.nsamples(), iters=numbers.iters,
             # Targets take the place of the float chain, but where starved experts are fed from it once more. After the
             # blocks both chains stay while the layer there has its own.
             chains=3 if two and material.subject().anatomy.experts else 2, chains_outside=4 if two else 2,

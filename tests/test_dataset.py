@@ -331,6 +331,40 @@ def test_a_length_beyond_the_models_positions_is_shortened_and_said(caplog):
     assert "seqlen 4096 is more than the model's 128 positions: using 128" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "count"),
+    [
+        ("llama", {}, 32),
+        ("llama", {"seqlen": 32}, 64),
+        ("llama", {"seqlen": 8}, 128),  # never more than the recipe has
+        ("llama", {"iters": 1}, 128),
+        ("llama", {"nsamples": 20}, 20),
+        ("llama", {"dataset": "texts.jsonl:num=30"}, 128),
+        ("llama", {"dataset": ["a text"] * 300}, 128),
+        ("llama", {"save_imatrix": "imatrix.gguf"}, 128),
+        ("mixtral", {}, 128),
+        ("llama", {"disable_opt_rtn": True, "recipe": "rtn"}, 0),
+    ],
+)
+def test_without_tuning_as_many_samples_are_looked_at_as_are_of_use(kind, options, count):
+    made = AutoRound(
+        tiny(kind, intermediate_size=128), **{"iters": 0, "seqlen": 128, "dataset": "texts.jsonl", **options}
+    )
+    assert made.material.nsamples() == count
+
+
+def test_ranges_of_inputs_are_calibrated_on_all_samples(tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text * 200}) + "\n" for text in SENTENCES * 40))
+    common = {"tokenizer": tokenizer(), "iters": 0, "seqlen": 128, "dataset": str(texts)}
+    made = {scheme: AutoRound(tiny("llama"), scheme=scheme, **common) for scheme in ("W4A16", "FP8_STATIC")}
+    for job in made.values():
+        job.quantize()
+    assert len(made["W4A16"].material.calibration.tokens) < len(
+        made["FP8_STATIC"].material.calibration.tokens
+    )
+
+
 def test_optimised_rtn_without_data_goes_by_weights_and_says_so(caplog):
     made = AutoRound(tiny("llama"), iters=0, seqlen=SEQLEN)
     made.quantize()

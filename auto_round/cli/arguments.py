@@ -221,7 +221,9 @@ class Machine:
         Text,
         _flag("save-imatrix", help="Write such a file of the calibration data: FILE.gguf, .dat or .imatrix."),
     ] = None
-    nsamples: Annotated[Number, _flag("nsamples", "nsample", help="Calibration samples; without tuning, those of use.")] = None
+    nsamples: Annotated[
+        Number, _flag("nsamples", "nsample", help="Calibration samples; without tuning, those of use.")
+    ] = None
     seqlen: Annotated[Number, _flag("seqlen", "seq-len", help="Tokens per sample.")] = None
     device_map: Annotated[
         Text, _flag("device-map", "device", "devices", help="cpu, auto, cuda:0, 0,1,2, or layer:device,...")

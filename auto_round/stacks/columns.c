@@ -45,7 +45,7 @@ INLINE void products(const float *const *matrix, const float *values, ptrdiff_t 
     }
 }
 
-/* The lines of `matrix`, `stride` values long, of up to COLUMNS columns from `start` on; the last stands in for missing ones. */
+/* The lines of `matrix`, `stride` values long, of `count` columns from `start` on; the last stands in for missing ones. */
 INLINE void lines(const float *matrix, ptrdiff_t stride, ptrdiff_t start, ptrdiff_t count, const float **found) {
     for (int c = 0; c < COLUMNS; c++) found[c] = matrix + (c < count ? start + c : start + count - 1) * stride;
 }
@@ -69,12 +69,14 @@ static void scatter(const float *tile, ptrdiff_t count, ptrdiff_t columns, const
 
 /* low + step * level, level an integer from least to most or, with a mantissa, a small float within them. */
 typedef struct {
-    const float *step, *low, *least, *most; /* (groups, wide) */
+    const float *step, *low, *least, *most; /* (groups, wide), or TILE numbers that are the same for all groups */
+    ptrdiff_t lows, leasts, mosts;          /* 1, or 0 where they are the same */
     int32_t mantissa, smallest, largest;    /* bits, -1 for integers; exponents of the lowest and the highest binade */
 } Ruler;
 
 INLINE void snap(const Ruler *g, ptrdiff_t at, const float *x, float *restrict snapped) {
-    const float *step = g->step + at, *low = g->low + at, *least = g->least + at, *most = g->most + at;
+    const float *step = g->step + at, *low = g->low + at * g->lows;
+    const float *least = g->least + at * g->leasts, *most = g->most + at * g->mosts;
     for (int r = 0; r < TILE; r++) {
         const float inverse = step[r] == 0.0f ? 0.0f : 1.0f / step[r];
         float level = (x[r] - low[r]) * inverse;
@@ -104,9 +106,9 @@ INLINE void snap(const Ruler *g, ptrdiff_t at, const float *x, float *restrict s
  * of each column in that order. wide: rows that the ruler has, from `first` on. tiles: room for 2 x columns x TILE. */
 void in_turn(const float *weight, const float *start, ptrdiff_t rows, ptrdiff_t columns, const int64_t *order,
              const float *takes, const int64_t *places, const float *step, const float *low, const float *least,
-             const float *most, ptrdiff_t first, ptrdiff_t wide, int mantissa, int smallest, int largest, float *tiles,
-             float *wanted) {
-    const Ruler ruler = {step, low, least, most, mantissa, smallest, largest};
+             const float *most, ptrdiff_t lows, ptrdiff_t leasts, ptrdiff_t mosts, ptrdiff_t first, ptrdiff_t wide,
+             int mantissa, int smallest, int largest, float *tiles, float *wanted) {
+    const Ruler ruler = {step, low, least, most, lows, leasts, mosts, mantissa, smallest, largest};
     float *values = tiles, *errors = tiles + columns * TILE;
     for (ptrdiff_t begin = 0; begin < rows; begin += TILE) {
         const ptrdiff_t count = rows - begin < TILE ? rows - begin : TILE;

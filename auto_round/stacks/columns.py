@@ -104,7 +104,7 @@ def _compiled_turns(stack: Stack, order: Tensor, takes: Tensor, start: Tensor | 
     rows, columns = stack.weight.shape
     # A tile more than there are rows: the last tile of a thread reads beyond its own, whatever it finds.
     numbers = (ruler.step, ruler.low, ruler.least, ruler.most)
-    lines = [_lines(value, rows, -(-columns // stack.size)) for value in numbers]
+    lines = [_lines(value, rows) for value in numbers]
     element = ruler.element
     kind = (INTEGERS, 0, 0) if element is None else (element.mantissa, element.least, element.exponent)
     weight, takes = _plain(stack.weight), _plain(takes)
@@ -118,7 +118,7 @@ def _compiled_turns(stack: Stack, order: Tensor, takes: Tensor, start: Tensor | 
             None if start is None else address(start[part]),
             *map(ctypes.c_ssize_t, (part.stop - part.start, columns)),
             *map(address, (order, takes, places, *lines)),
-            *map(ctypes.c_ssize_t, (part.start, lines[0].shape[1])),
+            *map(ctypes.c_ssize_t, (*(line.ndim == 2 for line in lines[1:]), part.start, lines[0].shape[1])),
             *map(ctypes.c_int, kind),
             address(room),
             address(wanted[part]),
@@ -164,8 +164,8 @@ def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
-def _lines(value: Tensor | float, rows: int, groups: int) -> Tensor:
-    """A number for each group, (G, 1), or one for all, as (groups of a row, R + TILE)."""
-    every = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32)
-    apart = every.float().expand(rows * groups, 1).reshape(rows, groups)
-    return torch.nn.functional.pad(apart.t(), (0, TILE)).contiguous()
+def _lines(value: Tensor | float, rows: int) -> Tensor:
+    """A number for each group, (G, 1), as (groups of a row, R + TILE); one for all, as (TILE,)."""
+    if not isinstance(value, Tensor):
+        return torch.full((TILE,), value, dtype=torch.float32)
+    return torch.nn.functional.pad(value.float().reshape(rows, -1).t(), (0, TILE)).contiguous()

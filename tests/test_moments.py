@@ -6,7 +6,7 @@ import torch
 from auto_round.core.scheme import TensorSpec
 from auto_round.sources.moments import Moments
 from auto_round.stacks.stack import Stack
-from auto_round.steps.gptq import rounded_in_order
+from auto_round.steps.gptq import rounded_in_order, turns_of
 
 
 def moments(x, *, whole=True):
@@ -46,7 +46,7 @@ def test_rounding_by_few_tokens_is_good_for_other_tokens_too(tokens):
         """On the other tokens, as a share of plain rounding's."""
         stack = Stack({"layer": w}, gram, TensorSpec(bits=3, group=32), {})
         plain = (other @ (stack.fake - w).t()).square().sum()
-        stack.offer(rounded_in_order(stack))
+        stack.offer(rounded_in_order(stack, turns_of(gram)))
         return ((other @ (stack.fake - w).t()).square().sum() / plain).item()
 
     shrunk, raw = error(moments(seen).shrunk()), error(seen.t() @ seen)

@@ -15,7 +15,7 @@ from auto_round.stacks import columns
 from auto_round.stacks.refit import refit
 from auto_round.stacks.stack import Stack
 from auto_round.steps.base import BlockReport, output_loss
-from auto_round.steps.gptq import DAMPING, Gptq, feedback, rounded_in_order, swept
+from auto_round.steps.gptq import DAMPING, Gptq, feedback, rounded_in_order, swept, turns_of
 from auto_round.steps.sign_round import SignRound
 
 SPECS = [
@@ -101,7 +101,10 @@ def test_gptq_is_its_definition(sym):
     stack = stack_of(TensorSpec(bits=3, group=16, sym=sym))
     expected = slow_gptq(stack)
     made = torch.stack(
-        [stack.snap(c, stack.columns()[j // 16]) for j, c in enumerate(rounded_in_order(stack).t())]
+        [
+            stack.snap(c, stack.columns()[j // 16])
+            for j, c in enumerate(rounded_in_order(stack, turns_of(stack.gram)).t())
+        ]
     )
     assert (made.t() - expected).abs().gt(1e-6).float().mean() < 0.01  # ties fall differently in float64
 
@@ -165,7 +168,7 @@ def test_what_a_stack_says_is_what_the_codec_makes(spec):
 def test_sweeping_stops_at_a_weight_that_no_single_change_improves():
     stack = stack_of(TensorSpec(bits=2, group=16))
     for _ in range(20):
-        stack.offer(swept(stack))
+        stack.offer(swept(stack, turns_of(stack.gram)))
     lowest = stack.loss(stack.fake)
     grids = stack.columns()
     for j in (0, 7, 40):
@@ -210,10 +213,12 @@ def test_compiled_columns_and_their_torch_twin_find_the_same(spec, rows, width, 
     for served in (columns._served, lambda stack: False):
         monkeypatch.setattr(columns, "_served", served)
         stack = stack_of(spec, columns=width, rows=rows)
-        first = rounded_in_order(stack)
+        first = rounded_in_order(stack, turns_of(stack.gram))
         stack.offer(first)
-        after = swept(stack)
-        system, slope = columns.normal_equations(stack, stack.parts(stack.fake), slice(0, rows))
+        after = swept(stack, turns_of(stack.gram))
+        system, slope = columns.normal_equations(
+            stack, list(columns.parts_of(stack).values()), slice(0, rows)
+        )
         refit(stack)
         found.append((first, after, system, slope, stack.loss(stack.fake)))
     (first, after, system, slope, loss), (*positions, twin_system, twin_slope, twin_loss) = found
@@ -230,8 +235,8 @@ def test_compiled_columns_and_their_torch_twin_find_the_same(spec, rows, width, 
 def test_a_stack_of_no_power_at_all_is_rounded_plainly():
     stack = Stack({"layer": torch.randn(5, 48)}, torch.zeros(48, 48), TensorSpec(bits=2, group=16), {})
     plain = stack.fake
-    stack.offer(rounded_in_order(stack))
-    stack.offer(swept(stack))
+    stack.offer(rounded_in_order(stack, turns_of(stack.gram)))
+    stack.offer(swept(stack, turns_of(stack.gram)))
     refit(stack)
     assert torch.equal(stack.fake, plain)
 
@@ -248,7 +253,7 @@ def test_dead_and_dependent_channels_leave_everything_finite():
     assert torch.equal(feedback(hopeless), torch.eye(8, dtype=torch.float64))
     stack = Stack({"layer": torch.randn(4, 48, generator=generator)}, gram, TensorSpec(bits=2, group=16), {})
     before = output_error(stack, stack.fake)
-    stack.offer(rounded_in_order(stack))
+    stack.offer(rounded_in_order(stack, turns_of(stack.gram)))
     assert torch.isfinite(stack.moved).all() and output_error(stack, stack.fake) <= before
 
 

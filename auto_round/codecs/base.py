@@ -15,7 +15,7 @@ from auto_round.core.errors import SchemeError, nearest
 from auto_round.core.groups import split
 from auto_round.core.quantized import NEUTRAL, Knob, Knobs, Quantized
 from auto_round.core.registry import discover
-from auto_round.core.rounding import Ruler
+from auto_round.core.ruler import Ruler
 from auto_round.core.scheme import FLOAT, Group, Scheme, TensorSpec
 
 

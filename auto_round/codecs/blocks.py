@@ -16,7 +16,8 @@ from auto_round.core.errors import SchemeError
 from auto_round.core.fitting import half
 from auto_round.core.native import address, in_threads, library
 from auto_round.core.quantized import NEUTRAL, Knob, Knobs, Quantized
-from auto_round.core.rounding import Ruler, straight_through
+from auto_round.core.rounding import straight_through
+from auto_round.core.ruler import Ruler
 from auto_round.core.scheme import Scheme, TensorSpec
 
 

@@ -13,7 +13,7 @@ from auto_round.core import rows
 from auto_round.core.groups import group_count, group_size, merge, split
 from auto_round.core.minifloat import Best, MiniFloat, scaled
 from auto_round.core.quantized import NEUTRAL, Knob, Knobs, Quantized
-from auto_round.core.rounding import Ruler
+from auto_round.core.ruler import Ruler
 from auto_round.core.scheme import TensorSpec
 
 

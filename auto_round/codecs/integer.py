@@ -31,7 +31,8 @@ from auto_round.core.integer_grid import (
 from auto_round.core.integer_search import refined, swept
 from auto_round.core.layouts import middle
 from auto_round.core.quantized import NEUTRAL, Knob, Knobs, Quantized
-from auto_round.core.rounding import STORAGE, Ruler
+from auto_round.core.rounding import STORAGE
+from auto_round.core.ruler import Ruler
 from auto_round.core.scheme import Scheme, TensorSpec
 
 MIN_BITS, MAX_BITS = 2, 8

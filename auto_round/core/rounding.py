@@ -1,29 +1,12 @@
 """Straight-through rounding: the forward rounds, the backward passes the gradient on unchanged (arXiv:1308.3432)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from auto_round.core.minifloat import MiniFloat
-
 STORAGE = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 """The dtypes that scales may be stored in, by the name a scheme gives them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ruler:
-    """The values that groups can have, in the words of compiled code: low + step * level, levels from least to most.
-
-    Levels are the integers between, or those values of `element`. A tensor has an entry for every group.
-    """
-
-    step: Tensor
-    least: Tensor | float
-    most: Tensor | float
-    low: Tensor | float = 0.0
-    element: MiniFloat | None = None
 
 
 def straight_through(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

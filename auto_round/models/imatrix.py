@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from auto_round.core.errors import DataError, OutputError
+from auto_round.models.gguf_file import header_of
 from auto_round.models.gguf_metadata import block_count, language_config
 from auto_round.models.gguf_names import Config, Names, architecture_of
 
@@ -30,9 +31,7 @@ def origin_of(path: Path) -> dict[str, object]:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic == b"GGUF":
-        import gguf
-
-        fields = {key: entry.contents() for key, entry in gguf.GGUFReader(path).fields.items()}
+        fields = {key: entry.contents() for key, entry in header_of(path).fields.items()}
         datasets, chunks = fields.get("imatrix.datasets") or [], fields.get("imatrix.chunk_count")
         found = {"dataset": ",".join(map(str, datasets)), "chunks_count": chunks}
     else:
@@ -68,9 +67,7 @@ def read_imatrix(path: Path) -> dict[str, Tensor]:
 
 
 def _read_gguf(path: Path) -> dict[str, Tensor]:
-    import gguf
-
-    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in gguf.GGUFReader(path).tensors}
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in header_of(path).tensors}
     found = {}
     for name in [name.removesuffix(SUMS) for name in tensors if name.endswith(SUMS)]:
         # Per expert: each has seen a number of tokens of its own.

@@ -7,14 +7,15 @@ specification. The two differ by the order of sums, and where a weight lies in t
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from auto_round.core.native import address, in_threads, library
-from auto_round.core.rounding import Ruler
+from auto_round.core.ruler import Ruler
 from auto_round.stacks.stack import Stack
 
 SOURCE = Path(__file__).with_name("columns.c")
@@ -52,38 +53,49 @@ def in_turn(stack: Stack, order: Tensor, takes: Tensor, start: Tensor | None = N
     return wanted[order.argsort()].t()
 
 
-def normal_equations(stack: Stack, parts: Mapping[str, Tensor], chosen: slice) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What of fake weights is in proportion to one parameter.
+
+    values: (R, I / span), each for `span` columns side by side. gram: (I, I / span), with such columns added up.
+    """
+
+    values: Tensor
+    gram: Tensor
+    span: int
+
+
+def parts_of(stack: Stack) -> dict[str, Part]:
+    """The parts of the stack's fake weight by the parameter they are in proportion to."""
+    found = {}
+    for key, values in stack.parts(stack.fake).items():
+        # Where it is the same throughout a group, sums over the group's columns are all that matters.
+        span = 1 if values.shape[1] == len(stack.gram) else stack.size
+        found[key] = Part(values, stack.gram if span == 1 else _by_group(stack.gram, span), span)
+    return found
+
+
+def normal_equations(stack: Stack, parts: Sequence[Part], chosen: slice) -> tuple[Tensor, Tensor]:
     """F gram F' (R, U, U) and F gram d' (R, U) of the `chosen` rows: half of curvature and slope of their loss.
 
-    d is the error of a row, and F_u that part of its fake weight which is in proportion to unknown u: there is one for
-    every part and group or, where groups share their parameters, for these together; those of a part are neighbours.
-    parts: of the fake weight, all rows, as `Stack.parts` has them.
+    d is the error of a row, and F_u that of `parts` which is in proportion to unknown u: there is one for every part
+    and group or, where groups share their parameters, for these together; those of a part are neighbours.
     """
-    parts = {key: part[chosen] for key, part in parts.items()}
-    # Of a part that is the same throughout a group, sums over the group's columns are all that matters.
-    summed = {key: part.shape[1] != len(stack.gram) for key, part in parts.items()}
-    sums = _by_group(stack.gram, stack.size) if any(summed.values()) else stack.gram
-    grams = {key: sums if summed[key] else stack.gram for key in parts}
     error = stack.fake[chosen] - stack.weight[chosen]
     if _served(stack):
-        return _compiled_equations(stack, error, parts, grams)
+        return _compiled_equations(stack, error, parts, chosen)
     size, columns = stack.size * stack.shared, len(stack.gram)
     count = -(-columns // size)
-    whole = {
-        key: part.repeat_interleave(stack.size, 1)[:, :columns] if summed[key] else part
-        for key, part in parts.items()
-    }
+    whole = [part.values[chosen].repeat_interleave(part.span, 1)[:, :columns] for part in parts]
     systems, slopes = [], []
     for rows in torch.arange(len(error)).split(max(1, VALUES // (count * len(parts) * columns))):
         # F_u gram: F_u has values in one group alone, so the rows of gram of that group are all it meets.
         seen = error.new_empty(len(rows), count * len(parts), columns)
-        for i, (key, part) in enumerate(parts.items()):
-            span = stack.size if summed[key] else 1
+        for i, part in enumerate(parts):
             for g in range(count):
-                here = slice(g * size // span, (g + 1) * size // span)
-                seen[:, i * count + g] = part[rows, here] @ grams[key][:, here].t()
-        each = [_by_group(seen * part[rows].unsqueeze(1), size) for part in whole.values()]
-        systems.append(torch.cat(each, 2))
+                here = slice(g * size // part.span, (g + 1) * size // part.span)
+                seen[:, i * count + g] = part.values[chosen][rows, here] @ part.gram[:, here].t()
+        systems.append(torch.cat([_by_group(seen * own[rows].unsqueeze(1), size) for own in whole], 2))
         slopes.append((seen @ error[rows].unsqueeze(-1)).squeeze(-1))
     return torch.cat(systems), torch.cat(slopes)
 
@@ -131,14 +143,14 @@ def _compiled_turns(stack: Stack, ruler: Ruler, order: Tensor, takes: Tensor, st
 
 
 def _compiled_equations(
-    stack: Stack, error: Tensor, parts: Mapping[str, Tensor], grams: Mapping[str, Tensor]
+    stack: Stack, error: Tensor, parts: Sequence[Part], chosen: slice
 ) -> tuple[Tensor, Tensor]:
     functions, error = library(SOURCE), _plain(error)
     assert functions is not None
     (rows, columns), size = error.shape, stack.size * stack.shared
     unknowns = -(-columns // size) * len(parts)
-    values, matrices = [_plain(part) for part in parts.values()], [_plain(gram) for gram in grams.values()]
-    spans = [1 if part.shape[1] == columns else stack.size for part in values]
+    values, matrices = [_plain(part.values[chosen]) for part in parts], [_plain(part.gram) for part in parts]
+    spans = (ctypes.c_ssize_t * len(parts))(*(part.span for part in parts))
     system = torch.empty(rows, unknowns, unknowns, dtype=torch.float32)
     slope = torch.empty(rows, unknowns, dtype=torch.float32)
 
@@ -148,7 +160,7 @@ def _compiled_equations(
             address(error[part]),
             _pointers([value[part] for value in values]),
             _pointers(matrices),
-            (ctypes.c_ssize_t * len(spans))(*spans),
+            spans,
             ctypes.c_int(len(values)),
             *map(ctypes.c_ssize_t, (part.stop - part.start, columns, size)),
             *map(address, (room, system[part], slope[part])),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from auto_round.stacks.columns import normal_equations
+from auto_round.stacks.columns import Part, normal_equations, parts_of
 from auto_round.stacks.stack import Stack
 
 RIDGE = 1e-4  # share of the mean power of a row's groups
@@ -18,7 +18,7 @@ LEAST, MOST = 0.25, 4.0  # a factor beyond would only fit rounding errors: the s
 def refit(stack: Stack) -> None:
     """Take scales, in storage dtype, of least output error for the codes at hand, in the rows where they lower it."""
     rows, columns = stack.weight.shape
-    parts = stack.parts(stack.fake)
+    parts = parts_of(stack)
     unknowns = -(-columns // (stack.size * stack.shared)) * len(parts)
     step = max(1, VALUES // unknowns**2)
     found = [_refitted(stack, parts, slice(start, min(start + step, rows))) for start in range(0, rows, step)]
@@ -26,9 +26,9 @@ def refit(stack: Stack) -> None:
     stack.rescale(grid, torch.cat([gain for _, gain in found]))
 
 
-def _refitted(stack: Stack, parts: Mapping[str, Tensor], chosen: slice) -> tuple[dict[str, Tensor], Tensor]:
+def _refitted(stack: Stack, parts: Mapping[str, Part], chosen: slice) -> tuple[dict[str, Tensor], Tensor]:
     """The stored parameters of the `chosen` rows (r, groups), and by how much they lower the loss of each (r, 1)."""
-    system, slope = normal_equations(stack, parts, chosen)
+    system, slope = normal_equations(stack, list(parts.values()), chosen)
     power = system.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=1e-30)
     # What the data do not determine stays as it is.
     damped = system + torch.diag_embed((RIDGE * power).expand_as(slope))

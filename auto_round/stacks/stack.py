@@ -10,7 +10,7 @@ from torch import Tensor
 from auto_round.codecs.base import codec_of
 from auto_round.core.groups import group_size, merge, split
 from auto_round.core.quantized import NEUTRAL, Knobs, Quantized
-from auto_round.core.rounding import Ruler
+from auto_round.core.ruler import Ruler
 from auto_round.core.scheme import TensorSpec
 
 

@@ -7,7 +7,7 @@ gives GPTQ's codes; tuning may start there, and changes first the weights that l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,11 +44,14 @@ class Gptq(Step):
     ) -> dict[str, Knobs]:
         """`knobs` with offsets, and refitted scales, for the layers that have a grid and a Gram matrix."""
         found = dict(knobs)
+        turns: Turns | None = None
         for stack in stacks_of(block, plan, knobs, selective=self.selective):
+            # Neighbours often share their inputs: q and k of one type, v of another.
+            turns = turns if turns is not None and turns.gram is stack.gram else turns_of(stack.gram)
             for _ in range(self.rounds):
                 # In turn: swept from GPTQ's codes where the old ones were better, models are some per cent worse.
-                stack.offer(rounded_in_order(stack))
-                stack.offer(swept(stack))
+                stack.offer(rounded_in_order(stack, turns))
+                stack.offer(swept(stack, turns))
                 if self.refits:
                     refit(stack)
             found |= stack.knobs()
@@ -56,8 +59,8 @@ class Gptq(Step):
         return found
 
 
-def stacks_of(block: Block, plan: Plan, knobs: Mapping[str, Knobs], *, selective: bool) -> list[Stack]:
-    """The layers of `block` that have a Gram matrix, and a codec and groups that can hold a grid.
+def stacks_of(block: Block, plan: Plan, knobs: Mapping[str, Knobs], *, selective: bool) -> Iterator[Stack]:
+    """The layers of `block` that have a Gram matrix, and a codec and groups that can hold a grid; made one at a time.
 
     selective: of these, only the layers whose codec asks for it.
     """
@@ -70,10 +73,34 @@ def stacks_of(block: Block, plan: Plan, knobs: Mapping[str, Knobs], *, selective
             # Layers with the very same input share one Gram matrix, found by the identity of the tensor.
             grams[id(gram)] = gram
             alike.setdefault((id(gram), spec), []).append(name)
-    return [
-        Stack({name: block.weights[name] for name in names}, grams[key], spec, knobs)
-        for (key, spec), names in alike.items()
-    ]
+    for (key, spec), names in alike.items():
+        yield Stack({name: block.weights[name] for name in names}, grams[key], spec, knobs)
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """In which order the columns of a layer are rounded, and what they take over of the errors of others.
+
+    order: (I,), the loudest channels first, while there are many others to make up for their errors. before: (I, I) in
+    that order, what each takes of those that had their turn, by GPTQ. others: what it takes of all others, in a sweep.
+    """
+
+    gram: Tensor
+    order: Tensor
+    before: Tensor
+    others: Tensor
+
+
+def turns_of(gram: Tensor) -> Turns:
+    """What GPTQ and the sweep have to know of the inputs X, from X'X (I, I)."""
+    order = gram.diagonal().argsort(descending=True)
+    ordered = gram[order][:, order]
+    before = feedback(ordered).t().contiguous()
+    power = ordered.diagonal().unsqueeze(1)
+    # The minimum of tr(D gram D') in column j is where d_j = -sum_i gram[j, i] d_i / gram[j, j] over the others.
+    # Without any input, every weight is as good: plain rounding.
+    others = torch.where(power > 0, ordered / power.clamp(min=1e-30), torch.zeros_like(ordered))
+    return Turns(gram, order, before, others.fill_diagonal_(0))
 
 
 def feedback(gram: Tensor) -> Tensor:
@@ -84,10 +111,11 @@ def feedback(gram: Tensor) -> Tensor:
     A channel without any signal has the damping alone: nothing is passed on from it or to it.
     """
     mean = gram.diagonal().mean().clamp(min=1e-30)
-    backwards = gram.flip(0, 1)  # of which the lower factor is the upper one of `gram`
     for share in DAMPING:
+        damped = gram.flip(0, 1)  # of which the lower factor is the upper one of `gram`
+        damped.diagonal().add_(share * mean)
         # The _ex form tells of failure; the plain one would raise for a matrix that more damping saves.
-        lower, failed = torch.linalg.cholesky_ex(backwards + torch.diag((share * mean).expand(len(gram))))
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not bool(failed):
             upper: Tensor = lower.flip(0, 1)
             return upper / upper.diagonal()
@@ -95,25 +123,11 @@ def feedback(gram: Tensor) -> Tensor:
     return torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
-def rounded_in_order(stack: Stack) -> Tensor:
+def rounded_in_order(stack: Stack, turns: Turns) -> Tensor:
     """What each weight had become when it was its turn to be rounded, (R, I). Eq. 2 and 3 of arXiv:2210.17323."""
-    order = _loudest_first(stack)
-    return in_turn(stack, order, feedback(stack.gram[order][:, order]).t())
+    return in_turn(stack, turns.order, turns.before)
 
 
-def swept(stack: Stack) -> Tensor:
-    """What each weight would best be, given what all others are rounded to; one column after the other, (R, I).
-
-    The minimum of tr(D gram D') in column j is where d_j = -sum_i gram[j, i] d_i / gram[j, j] over the others.
-    """
-    order = _loudest_first(stack)
-    gram = stack.gram[order][:, order]
-    power = gram.diagonal().unsqueeze(1)
-    # Without any input, every weight is as good: plain rounding.
-    takes = torch.where(power > 0, gram / power.clamp(min=1e-30), torch.zeros_like(gram)).fill_diagonal_(0)
-    return in_turn(stack, order, takes, stack.fake)
-
-
-def _loudest_first(stack: Stack) -> Tensor:
-    """Channels by power: the first have many others that make up for their errors."""
-    return stack.gram.diagonal().argsort(descending=True)
+def swept(stack: Stack, turns: Turns) -> Tensor:
+    """What each weight would best be, given what all others are rounded to; one column after the other, (R, I)."""
+    return in_turn(stack, turns.order, turns.others, stack.fake)

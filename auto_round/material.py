@@ -18,7 +18,6 @@ from auto_round.core.scheme import Scheme
 from auto_round.core.selection import parse_layer_config
 from auto_round.jobs.planner import rounded
 from auto_round.models import hub, load
-from auto_round.models.anatomy import experts_of
 from auto_round.models.checkpoint import has_safetensors
 from auto_round.models.device import parse_devices
 from auto_round.models.gguf_folder import unpack
@@ -33,6 +32,7 @@ from auto_round.options import Options
 from auto_round.planning import weights_alone
 from auto_round.recipes import recipe_named
 from auto_round.rotating import Rotator
+from auto_round.samples import fitting, samples_of_use
 from auto_round.sources import plain
 from auto_round.sources.base import Needs
 from auto_round.sources.dataset import Calibration, Request, load_calibration
@@ -42,8 +42,6 @@ from auto_round.sources.self_text import TOGETHER, Author, bytes_of_one
 logger = logging.getLogger("auto_round")
 SMALL_SHARE = 1 / 16
 """A model of at most this share of the free memory is loaded as a whole, so that it can be returned."""
-TOKENS_PER_CHANNEL, LEAST_SAMPLES = 16, 32
-"""Of calibration data, from which on more of it fits its own kind of text better and others no more (decision 105)."""
 
 
 class WeightsHome(NamedTuple):
@@ -291,34 +289,8 @@ class Material:
         return self._calibration
 
     def nsamples(self) -> int:
-        """Calibration samples to look at: as said, or those of the recipe, or as many of these as are of use.
-
-        Where nothing is tuned, data only tell second moments, which are known well enough from a number of tokens for
-        each input channel. Experts see few of all tokens, calibrated ranges become wider with every sample, and data
-        that were counted out are all meant: then it is the recipe's number.
-        """
-        options, most = self.options, self.options.numbers().nsamples
-        given = options.dataset
-        counted = given is not None and (not isinstance(given, str | Path) or "num=" in str(given))
-        if (
-            most == 0
-            or options.numbers().iters
-            or options.nsamples is not None
-            or options.save_imatrix
-            or counted
-        ):
-            return most
-        body, seqlen = self.subject().anatomy, min(self._lengths())
-        if body.experts or body.routers or any(experts_of(name) for name in body.layers):
-            return most
-        width = max((layer.shape[1] for layer in body.layers.values()), default=1)
-        enough = max(LEAST_SAMPLES, -(-TOKENS_PER_CHANNEL * width // seqlen))
-        if enough < most:
-            logger.info(
-                "calibration: %d samples of %d tokens, not %d: without tuning, %d tokens for each of %d input channels "
-                "are enough (--nsamples says otherwise)", enough, seqlen, most, TOKENS_PER_CHANNEL, width,
-            )  # fmt: skip
-        return min(enough, most)
+        """Calibration samples to look at, where no ranges of inputs are calibrated."""
+        return samples_of_use(self.subject(), self.options)
 
     def data(self, *, required: bool) -> Calibration | None:
         """The calibration data. A recipe that can do without falls back to weights alone when there is none."""
@@ -357,17 +329,11 @@ class Material:
 
     def seqlen(self) -> int:
         """The wanted length, or what the model can take."""
-        wanted, most = self._lengths()
-        if wanted > most:
-            logger.warning("seqlen %d is more than the model's %d positions: using %d", wanted, most, most)
-        return min(wanted, most)
-
-    def _lengths(self) -> tuple[int, int]:
-        """(wanted tokens of a sample, positions of the model)."""
-        config, wanted = self.subject().files.config, self.options.numbers().seqlen
-        # Multimodal models keep the language model's settings apart.
-        text = config.get("text_config") or config
-        return wanted, text.get("max_position_embeddings") or text.get("n_positions") or wanted
+        wanted = self.options.numbers().seqlen
+        fits = fitting(wanted, self.subject().files.config)
+        if fits < wanted:
+            logger.warning("seqlen %d is more than the model's %d positions: using %d", wanted, fits, fits)
+        return fits
 
     def cache_ranges(self) -> Mapping[str, tuple[Tensor, Tensor]]:
         """What the keys and values of every layer reach on the calibration data; measured once."""

@@ -288,6 +288,20 @@ def test_importance_files_are_read_as_they_were_written(tmp_path):
     assert all(torch.allclose(found[name], means[name]) for name in means)
 
 
+def test_a_damaged_importance_file_is_an_error_at_once(tmp_path):
+    write_imatrix(
+        tmp_path / "i.gguf", means_of(["blk.0.attn_q.weight"]), Origin(4, 128, 512, ("a.txt", "b.txt"))
+    )
+    whole = (tmp_path / "i.gguf").read_bytes()
+    length = (
+        whole.index(b"imatrix.datasets") + len("imatrix.datasets") + 8
+    )  # behind the kinds of list and entry
+    for damaged in (whole[:-2000], whole[:length] + struct.pack("<Q", 1 << 60) + whole[length + 8 :]):
+        (tmp_path / "i.gguf").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"i\.gguf"):
+            read_imatrix(tmp_path / "i.gguf")
+
+
 def test_the_older_importance_files_are_read(tmp_path):
     name, values = b"blk.0.attn_q.weight", np.arange(4, dtype=np.float32)
     entry = struct.pack("<i", len(name)) + name + struct.pack("<ii", 2, 4) + (values * 2).tobytes()

@@ -20,6 +20,7 @@ ORDER = [
     "recipes",
     "options",
     "planning",
+    "samples",
     "rotating",
     "assembly",
     "material",

@@ -222,7 +222,12 @@ class Machine:
         _flag("save-imatrix", help="Write such a file of the calibration data: FILE.gguf, .dat or .imatrix."),
     ] = None
     nsamples: Annotated[
-        Number, _flag("nsamples", "nsample", help="Calibration samples; without tuning, those of use.")
+        Number,
+        _flag(
+            "nsamples",
+            "nsample",
+            help="Calibration samples; fewer by default if more are of no use.",
+        ),
     ] = None
     seqlen: Annotated[Number, _flag("seqlen", "seq-len", help="Tokens per sample.")] = None
     device_map: Annotated[

@@ -232,6 +232,17 @@ def test_compiled_columns_and_their_torch_twin_find_the_same(spec, rows, width, 
     torch.testing.assert_close(loss.sum(), twin_loss.sum(), rtol=0.05, atol=0)
 
 
+def test_an_offer_that_is_no_number_changes_nothing_then_or_later():
+    stack = stack_of(TensorSpec(bits=2, group=16))
+    plain, broken = stack.fake, stack.moved.clone()
+    broken[3] = torch.nan
+    stack.offer(broken)
+    stack.rescale({"scale": stack.grid["scale"] * torch.nan}, torch.full((12, 1), torch.nan))
+    assert torch.equal(stack.fake, plain)
+    stack.offer(rounded_in_order(stack, turns_of(stack.gram)))
+    assert (stack.loss(stack.fake) < stack.loss(plain)).all()
+
+
 def test_a_stack_of_no_power_at_all_is_rounded_plainly():
     stack = Stack({"layer": torch.randn(5, 48)}, torch.zeros(48, 48), TensorSpec(bits=2, group=16), {})
     plain = stack.fake

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -33,10 +34,10 @@ class Stack:
         grids = [self._loaded(q) for q in made]
         self.grid = {key: torch.cat([grid[key] for grid in grids]) for key in grids[0]}
         self._rows = [len(weight) for weight in weights.values()]
-        self._loss: Tensor | None = None  # that of `fake`, once it was needed
         self.moved = torch.cat(
             [self._moved(weights[n], own, q) for (n, own), q in zip(self._before.items(), made)]
         )
+        self._loss = self.loss(self.fake)
 
     def _moved(self, weight: Tensor, knobs: Knobs, q: Quantized) -> Tensor:
         groups = split(weight.float(), self.spec.group)
@@ -102,26 +103,24 @@ class Stack:
     def offer(self, moved: Tensor) -> None:
         """Take what becomes of `moved` (R, I) in the rows where it has less error."""
         fake = self.rounded(moved)
-        loss, before = self.loss(fake), self.loss(self.fake) if self._loss is None else self._loss
-        # Row by row: rows of a layer do not depend on one another, so each keeps its own best.
-        self._loss = torch.minimum(loss, before)
-        self._take(loss < before, moved, fake, self.grid)
+        loss = self.loss(fake)
+        self._take(loss < self._loss, moved, fake, self.grid, loss)
 
     def rescale(self, grid: Knobs, gain: Tensor) -> None:
         """Take the parameters `grid` (G, 1) of `parts` for the codes that there are, where that has a `gain` (R, 1)."""
-        # A parameter of 0 stays 0, and so does its part.
-        factors = {
-            key: torch.where(self.grid[key] == 0, 1.0, new / self.grid[key]) for key, new in grid.items()
-        }
         apart = self._codec.parts(split(self.moved, self.spec.group), self.spec, self.grid)
-        moved = self._whole(sum((apart[key] * factor for key, factor in factors.items()), apart["scale"] * 0))
-        whole = {**self.grid, **grid}
-        if self._loss is not None:
-            self._loss = self._loss - gain.clamp(min=0)
-        self._take(gain > 0, moved, self.rounded(moved, whole), whole)
+        # A parameter of 0 stays 0, and so does its part.
+        scaled = [
+            apart[key] * torch.where(self.grid[key] == 0, 1.0, new / self.grid[key])
+            for key, new in grid.items()
+        ]
+        moved, whole = self._whole(reduce(torch.add, scaled)), {**self.grid, **grid}
+        self._take(gain > 0, moved, self.rounded(moved, whole), whole, self._loss - gain)
 
-    def _take(self, better: Tensor, moved: Tensor, fake: Tensor, grid: Knobs) -> None:
+    def _take(self, better: Tensor, moved: Tensor, fake: Tensor, grid: Knobs, loss: Tensor) -> None:
+        # Row by row: rows of a layer do not depend on one another, so each keeps its own best.
         self.fake, self.moved = torch.where(better, fake, self.fake), torch.where(better, moved, self.moved)
+        self._loss = torch.where(better, loss, self._loss)
         chosen = better.repeat_interleave(len(grid["scale"]) // len(self.weight), 0)
         self.grid = {key: torch.where(chosen, value, self.grid[key]) for key, value in grid.items()}
 
